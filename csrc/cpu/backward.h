@@ -1,0 +1,451 @@
+// Backward of a cell over time: for a chunk of steps, last first, step by step the cell and dh_prev = dgates W_hh;
+// then, for the chunk's rows at once, dx = dgates W_ih and the weight gradients, accumulated over chunks.
+#pragma once
+
+#include "layout.h"
+
+namespace rnnfast {
+inline namespace RNNFAST_ISA {
+
+template <typename Cell, typename T>
+struct SequenceBackward : SequenceLayout<Cell, T> {
+  using Base = SequenceLayout<Cell, T>;
+  using Base::apply_resets;
+  using Base::backward_panels_size;
+  using Base::Base;
+  using Base::column_panel_size;
+  using Base::column_panels;
+  using Base::column_vectors;
+  using Base::gate_columns;
+  using Base::gate_panels;
+  using Base::gate_row;
+  using Base::gradient_product;
+  using Base::H;
+  using Base::I;
+  using Base::is_reset;
+  using Base::kGates;
+  using Base::kLanes;
+  using Base::kPanelStride;
+  using Base::kPanelVectors;
+  using Base::kSlots;
+  using Base::kUnits;
+  using Base::ld_h;
+  using Base::ld_p;
+  using Base::load_state;
+  using Base::N;
+  using Base::nothing;
+  using Base::outside;
+  using Base::p;
+  using Base::P;
+  using Base::pack_backward;
+  using Base::pack_row;
+  using Base::packed_product;
+  using Base::panel_offset;
+  using Base::panel_vectors;
+  using Base::parallel;
+  using Base::parallel_batch;
+  using Base::projected;
+  using Base::row;
+  using Base::store_state;
+  using Base::T_;
+  using Base::time;
+  using Base::unit_offset;
+  using Base::unit_vectors;
+  using Base::weight_lanes;
+  using Base::weight_row;
+  using typename Base::Params;
+  using typename Base::V;
+
+  struct Scratch {
+    T *w_ih, *w_hh, *w_hr;        // panels for d = dgates W
+    T *h0, *c0;                   // [N, ld_p], [N, ld_h]
+    T* zeros;                     // [max(ld_h, ld_p)]
+    T *dh, *dc;                   // [N, ld_p], [N, ld_h]: gradient of the state, carried from step to step
+    T* dh_raw;                    // [N, ld_h] of a projected cell
+    T* dgates;                    // [chunk rows, gate_row]
+    T* dprojected;                // [chunk rows, ld_p] gradient of the projected h
+    T *input, *h_prev, *dproj_t;  // transposed chunk: [I, chunk rows], [P, chunk rows], [P, chunk rows]
+    T* panels;                    // [threads][kSumRows, kMaxPanel, kLanes]
+    T* hidden;                    // [threads][kUnits, ld_h] h recomputed from the cell
+    T *dw_ih, *dw_hh;             // [I, gate_columns], [P, gate_columns], transposed
+    T *db_ih, *db_hh;             // [gate_columns]
+    T* dw_hr;                     // [P, ld_h]
+    int64_t rows;                 // leading dimension of the transposed chunk
+    int64_t size;
+    Scratch(const SequenceBackward& d, T* base) {
+      Arena<T> arena{base};
+      rows = ceil_div(d.p.plan.chunk_steps * d.N, kUnits) * kUnits;
+      w_ih = arena.take(d.p.dinput.data ? d.backward_panels_size(d.I) : 0);
+      w_hh = arena.take(d.backward_panels_size(d.P));
+      w_hr = arena.take(d.projected ? column_panels(d.H) * column_panel_size(d.P) : 0);
+      h0 = arena.take(d.N * d.ld_p);
+      c0 = arena.take(Cell::kHasCell ? d.N * d.ld_h : 0);
+      zeros = arena.take(max(d.ld_h, d.ld_p));
+      dh = arena.take(d.N * d.ld_p);
+      dc = arena.take(Cell::kHasCell ? d.N * d.ld_h : 0);
+      dh_raw = arena.take(d.projected ? d.N * d.ld_h : 0);
+      dgates = arena.take(rows * d.gate_row);
+      dprojected = arena.take(d.projected ? rows * d.ld_p : 0);
+      const bool packed = d.p.plan.packed;
+      input = arena.take(packed && d.p.dw_ih ? d.I * rows : 0);
+      h_prev = arena.take(packed && d.p.dw_hh ? d.P * rows : 0);
+      dproj_t = arena.take(d.p.dw_hr ? d.P * rows : 0);
+      panels = arena.take(d.p.plan.threads * kSumRows * kMaxPanel * kLanes);
+      hidden = arena.take(d.p.plan.threads * kUnits * d.ld_h);
+      dw_ih = arena.take(packed && d.p.dw_ih ? d.I * d.gate_columns : 0);
+      dw_hh = arena.take(packed && d.p.dw_hh ? d.P * d.gate_columns : 0);
+      db_ih = arena.take(d.gate_columns);
+      db_hh = arena.take(d.gate_columns);
+      dw_hr = arena.take(d.p.dw_hr ? d.P * d.ld_h : 0);
+      size = arena.used;
+    }
+  };
+
+  // Row of the step that came before t for sequence j, or -1: it started there.
+  int64_t row_before(int64_t t, int64_t j) const {
+    const int64_t before = p.reverse ? t + 1 : t - 1;
+    return before < 0 || before >= T_ || j >= p.active[before] ? -1 : row(before, j);
+  }
+  const T* cell_before(const Scratch& s, int64_t t, int64_t j) const {
+    if (is_reset(t, j)) return s.zeros;
+    const int64_t before = row_before(t, j);
+    return before < 0 ? s.c0 + j * ld_h : p.cells + before * ld_h;
+  }
+  // h before step t as a padded row; `buffer` [ld_h] is used where h must be recomputed.
+  const T* hidden_before(const Scratch& s, int64_t t, int64_t j, T* buffer) const {
+    if (is_reset(t, j)) return s.zeros;
+    const int64_t before = row_before(t, j);
+    if (before < 0) return s.h0 + j * ld_p;
+    if (Cell::kHidden == Hidden::kSaved || projected) return p.hidden + before * ld_p;
+    if (Cell::kHidden == Hidden::kSlot) return p.gates + before * gate_row;
+    return recompute_hidden(before, 0, unit_vectors, buffer);
+  }
+  // h of the cell, before any projection, from its kept gates and c; vectors of units [v0, v1) of buffer [ld_h].
+  const T* recompute_hidden(int64_t r, int64_t v0, int64_t v1, T* buffer) const {
+    if constexpr (Cell::kHidden == Hidden::kOfCell)
+      for (int64_t v = v0; v < v1; ++v) {
+        V slot[kSlots];
+#pragma GCC unroll 8
+        for (int i = 0; i < kSlots; ++i) slot[i] = load(p.gates + r * gate_row + unit_offset(v, kSlots, i));
+        store(buffer + v * kLanes, Cell::output(slot, load(p.cells + r * ld_h + v * kLanes)));
+      }
+    return buffer;
+  }
+
+  T* chunk_gates(const Scratch& s, int64_t t0, int64_t t, int64_t j) const {
+    return s.dgates + (row(t, j) - p.first_row[t0]) * gate_row;
+  }
+
+  // dh += doutput, and for a projected cell dh_raw = dh W_hr.
+  void backward_output(const Scratch& s, int64_t t0, int64_t t, int64_t j0, int64_t j1) const {
+    const int64_t last = min(j1, p.active[t]);
+    if (p.doutput.data)
+      for (int64_t j = j0; j < last; ++j) {
+        const T* dy = outside(p.doutput, t, j);
+        T* dh = s.dh + j * ld_p;
+        for (int64_t u = 0; u < P; ++u) dh[u] += dy[u];
+      }
+    if (!projected) return;
+    for (int64_t j = j0; j < last; j += kRowBatch) {
+      const int64_t n = min(kRowBatch, last - j);
+      const T* a[kRowBatch];
+      T* c[kRowBatch];
+      for (int64_t i = 0; i < n; ++i) a[i] = s.dh + (j + i) * ld_p, c[i] = s.dh_raw + (j + i) * ld_h;
+      packed_product(n, P, s.w_hr, H, RowOperands<T>{a, nullptr, c, 0, 0});
+      copy(s.dprojected + (row(t, j) - p.first_row[t0]) * ld_p, s.dh + j * ld_p, n * ld_p);
+    }
+  }
+
+  // The cell, for vectors of units [v0, v1): dgates, and dh and dc become what reaches the earlier state directly.
+  void backward_cells(const Scratch& s, int64_t t0, int64_t t, int64_t j0, int64_t j1, int64_t v0, int64_t v1) const {
+    for (int64_t j = j0; j < min(j1, p.active[t]); ++j) {
+      const T* gates = p.gates + row(t, j) * gate_row;
+      T* dgates = chunk_gates(s, t0, t, j);
+      const T* h_prev = Cell::kHidden == Hidden::kSaved ? hidden_before(s, t, j, nullptr) : nullptr;
+      const T* c_prev = Cell::kHasCell ? cell_before(s, t, j) : nullptr;
+      const T* c = Cell::kHasCell ? p.cells + row(t, j) * ld_h : nullptr;
+      T* carried = s.dh + j * ld_p;
+      const T* dh = projected ? s.dh_raw + j * ld_h : carried;
+      T* dc = Cell::kHasCell ? s.dc + j * ld_h : nullptr;
+      for (int64_t v = v0; v < v1; ++v) {
+        const int64_t u = v * kLanes;
+        V slot[kSlots];
+#pragma GCC unroll 8
+        for (int i = 0; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
+        V dc_v = Cell::kHasCell ? load(dc + u) : V{}, dh_prev;
+        Cell::backward(slot, Cell::kHidden == Hidden::kSaved ? load(h_prev + u) : V{},
+                       Cell::kHasCell ? load(c_prev + u) : V{}, Cell::kHasCell ? load(c + u) : V{}, load(dh + u), dc_v,
+                       dh_prev);
+#pragma GCC unroll 8
+        for (int i = 0; i < kSlots; ++i) store(dgates + unit_offset(v, kSlots, i), slot[i]);
+        if (Cell::kHasCell) store(dc + u, dc_v);
+        if (!projected) store(carried + u, dh_prev);
+      }
+    }
+  }
+
+  // dh += dgates W_hh for column panels [panel0, panel1).
+  void backward_hidden(const Scratch& s, int64_t t0, int64_t t, int64_t j0, int64_t j1, int64_t panel0,
+                       int64_t panel1) const {
+    const int64_t last = min(j1, p.active[t]);
+    for (int64_t j = j0; j < last; j += kRowBatch) {
+      const int64_t n = min(kRowBatch, last - j);
+      const T* a[kRowBatch];
+      T* c[kRowBatch];
+      for (int64_t i = 0; i < n; ++i)
+        a[i] = chunk_gates(s, t0, t, j + i) + Cell::kRecurrent * kUnits, c[i] = s.dh + (j + i) * ld_p;
+      gradient_product(n, p.w_hh, s.w_hh, Cell::kRecurrentGates, P, panel0, panel1, true,
+                       RowOperands<T>{a, projected ? nullptr : c, c, 0, 0});
+    }
+  }
+
+  // body(r, n, t[], j[]) on batches of at most `most` rows of the chunk [t0, t1) inside [begin, end), r from its first.
+  template <typename F>
+  void each_row_batch(int64_t t0, int64_t begin, int64_t end, int64_t most, F body) const {
+    int64_t t = t0;
+    int64_t time_of[kRowBatch], j_of[kRowBatch];
+    for (int64_t r = begin; r < end;) {
+      int64_t n = 0;
+      for (; n < most && r + n < end; ++n) {
+        const int64_t global = p.first_row[t0] + r + n;
+        while (global >= p.first_row[t] + p.active[t]) ++t;
+        time_of[n] = t, j_of[n] = global - p.first_row[t];
+      }
+      body(r, n, time_of, j_of);
+      r += n;
+    }
+  }
+
+  // Rows [begin, end) of the chunk at t0: dx, and the transposed left operands of the weight gradients.
+  void chunk_rows(const Scratch& s, int64_t t0, int64_t begin, int64_t end, T* buffer) const {
+    if (p.dinput.data)
+      each_row_batch(t0, begin, end, kRowBatch, [&](int64_t r, int64_t n, const int64_t* t, const int64_t* j) {
+        const T* a[kRowBatch];
+        T* c[kRowBatch];
+        for (int64_t i = 0; i < n; ++i)
+          a[i] = s.dgates + (r + i) * gate_row + Cell::kInput * kUnits, c[i] = outside(p.dinput, t[i], j[i]);
+        gradient_product(n, p.w_ih, s.w_ih, Cell::kInputGates, I, 0, column_panels(I), false,
+                         RowOperands<T>{a, nullptr, c, 0, 0});
+      });
+    if (p.plan.packed || p.dw_hr) chunk_transposes(s, t0, begin, end, buffer);
+  }
+
+  void chunk_transposes(const Scratch& s, int64_t t0, int64_t begin, int64_t end, T* buffer) const {
+    each_row_batch(t0, begin, end, kLanes, [&](int64_t r, int64_t n, const int64_t* t, const int64_t* j) {
+      const T* rows[kLanes] = {};
+      if (p.plan.packed && p.dw_ih) {
+        for (int64_t i = 0; i < n; ++i) rows[i] = outside(p.input, t[i], j[i]);
+        transpose_rows(rows, n, I, s.input + r, s.rows, false);
+      }
+      if (p.plan.packed && p.dw_hh) {
+        for (int64_t i = 0; i < n; ++i) rows[i] = hidden_before(s, t[i], j[i], buffer + i * ld_h);
+        transpose_rows(rows, n, P, s.h_prev + r, s.rows, false);
+      }
+      if (p.dw_hr) {
+        for (int64_t i = 0; i < n; ++i) rows[i] = s.dprojected + (r + i) * ld_p;
+        transpose_rows(rows, n, P, s.dproj_t + r, s.rows, false);
+      }
+    });
+  }
+
+  // C[m] += A[m] B over `rows` rows of the chunk; A [count, s.rows] transposed, C [count, ld], B a panel.
+  void accumulate(const Scratch& s, int64_t count, const T* A, int64_t rows, int nr, const T* panel, T* C, int64_t ld,
+                  int64_t offset, int64_t stride) const {
+    for (int64_t m = 0; m < count; m += kRowBatch) {
+      const int64_t n = min(kRowBatch, count - m);
+      const T* a[kRowBatch];
+      T* c[kRowBatch];
+      for (int64_t i = 0; i < n; ++i) a[i] = A + (m + i) * s.rows, c[i] = C + (m + i) * ld;
+      panel_product(n, nr, Inner{1, rows, 0, nr * kLanes}, panel, RowOperands<T>{a, c, c, offset, stride}, nothing);
+    }
+  }
+
+  // Copies a panel of the chunk's dgates, rows [first, first + rows), and adds its column sums to the bias gradient.
+  void gate_gradient_panel(const Scratch& s, int64_t first, int64_t rows, int64_t panel, int first_slot, T* dst,
+                           T* db) const {
+    const int nr = panel_vectors(panel);
+    const T* src = s.dgates + first * gate_row + panel_offset(panel, kSlots, first_slot);
+    V sum[kPanelVectors] = {};
+    for (int64_t r = 0; r < rows; ++r, src += gate_row)
+      for (int q = 0; q < nr; ++q) {
+        const V d = load(src + q * kPanelStride);
+        sum[q] += d;
+        store(dst + (r * nr + q) * kLanes, d);
+      }
+    T* out = db + panel_offset(panel, kGates, 0);
+    for (int q = 0; q < nr; ++q) store(out + q * kPanelStride, load(out + q * kPanelStride) + sum[q]);
+  }
+
+  // The chunk's part of the weight gradients, panels [begin, end) of the gates.
+  void chunk_weights(const Scratch& s, int64_t rows, int64_t begin, int64_t end, T* buffer) const {
+    const bool same = Cell::kInput == Cell::kRecurrent;  // then one copy serves both products and both biases
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int nr = panel_vectors(panel);
+      const int64_t offset = panel_offset(panel, kGates, 0);
+      for (int64_t r = 0; r < rows; r += kSumRows) {
+        const int64_t n = min(kSumRows, rows - r);
+        gate_gradient_panel(s, r, n, panel, Cell::kInput, buffer, s.db_ih);
+        if (p.dw_ih) accumulate(s, I, s.input + r, n, nr, buffer, s.dw_ih, gate_columns, offset, kPanelStride);
+        if (!same) gate_gradient_panel(s, r, n, panel, Cell::kRecurrent, buffer, s.db_hh);
+        if (p.dw_hh) accumulate(s, P, s.h_prev + r, n, nr, buffer, s.dw_hh, gate_columns, offset, kPanelStride);
+      }
+    }
+  }
+
+  // The chunk's part of dW_hr = dh^T h_raw, panels [begin, end) of its columns.
+  void chunk_projection(const Scratch& s, int64_t t0, int64_t rows, int64_t begin, int64_t end, T* buffer,
+                        T* hidden) const {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int nr = column_vectors(H, panel);
+      const int64_t v0 = panel * kMaxPanel;
+      for (int64_t r = 0; r < rows; r += kSumRows) {
+        const int64_t n = min(kSumRows, rows - r);
+        for (int64_t i = 0; i < n; ++i)
+          copy(buffer + i * nr * kLanes, recompute_hidden(p.first_row[t0] + r + i, v0, v0 + nr, hidden) + v0 * kLanes,
+               nr * kLanes);
+        accumulate(s, P, s.dproj_t + r, n, nr, buffer, s.dw_hr, ld_h, v0 * kLanes, kLanes);
+      }
+    }
+  }
+
+  // The weight gradients of a call with few rows, straight to their place: row g*H + u of dW_ih is the sum over the
+  // rows r of dgates[r, u, g] * x_r, of dW_hh the same with h_prev. Gates' units [begin, end).
+  void direct_weights(int64_t rows, const T* dgates, const T* const* left, int64_t K, const int* gate_of,
+                      int first_slot, T* dw, T* db, int64_t begin, int64_t end) const {
+    for (int q = 0; q < kGates; ++q)
+      for (int64_t u = begin; u < end; ++u) {
+        const T* d = dgates + u / kUnits * kSlots * kUnits + (first_slot + q) * kUnits + u % kUnits;
+        if (db) {
+          T sum = 0;
+          for (int64_t r = 0; r < rows; ++r) sum += d[r * gate_row];
+          db[gate_of[q] * H + u] = sum;
+        }
+        if (!dw) continue;
+        T* out = dw + (gate_of[q] * H + u) * K;
+        int64_t k = 0;
+        for (; k + kLanes <= K; k += kLanes) {
+          V sum{};
+          for (int64_t r = 0; r < rows; ++r) sum += d[r * gate_row] * load(left[r] + k);
+          store(out + k, sum);
+        }
+        for (; k < K; ++k) {
+          T sum = 0;
+          for (int64_t r = 0; r < rows; ++r) sum += d[r * gate_row] * left[r][k];
+          out[k] = sum;
+        }
+      }
+  }
+  void direct_weights(const Scratch& s, int64_t rows) const {
+    const T *x[kUnits], *h[kUnits];
+    each_row_batch(0, 0, rows, kUnits, [&](int64_t, int64_t n, const int64_t* t, const int64_t* j) {
+      for (int64_t i = 0; i < n; ++i) {
+        x[i] = outside(p.input, t[i], j[i]);
+        if (p.dw_hh) h[i] = hidden_before(s, t[i], j[i], s.hidden + i * ld_h);
+      }
+    });
+    parallel(H, [&](int64_t begin, int64_t end) {
+      direct_weights(rows, s.dgates, x, I, Cell::kInputGates, Cell::kInput, p.dw_ih, p.db_ih, begin, end);
+      direct_weights(rows, s.dgates, h, P, Cell::kRecurrentGates, Cell::kRecurrent, p.dw_hh, p.db_hh, begin, end);
+    });
+  }
+
+  // [K, gate_columns] transposed and unpadded to torch's [G*H, K]; with K = 1 a bias.
+  void unpack_gates(const T* from, int64_t K, const int* gate_of, T* to) const {
+    if (!to) return;
+    parallel(gate_panels, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel)
+        for (int q = 0; q < panel_vectors(panel); ++q) {
+          const int64_t offset = panel_offset(panel, kGates, 0) + q * kPanelStride;
+          for (int64_t k = 0; k < K; k += kLanes) {
+            const T* rows[kLanes] = {};
+            const int64_t n = min(kLanes, K - k);
+            for (int64_t i = 0; i < n; ++i) rows[i] = from + (k + i) * gate_columns + offset;
+            transpose_rows(rows, n, weight_lanes(panel, q), to + weight_row(gate_of, panel, q) * K + k, K, false);
+          }
+        }
+    });
+  }
+
+  void run() const {
+    const Scratch s(*this, p.scratch);
+    const int threads = p.plan.threads;
+    if (p.dinput.data) pack_backward(p.w_ih, I, Cell::kInputGates, s.w_ih);
+    pack_backward(p.w_hh, P, Cell::kRecurrentGates, s.w_hh);
+    if (projected)
+      for (int64_t panel = 0; panel < column_panels(H); ++panel)
+        for (int64_t k = 0, nr = column_vectors(H, panel); k < P; ++k)
+          pack_row(p.w_hr + k * H, H, panel, static_cast<int>(nr),
+                   s.w_hr + panel * column_panel_size(P) + k * nr * kLanes);
+    zero(s.zeros, max(ld_h, ld_p));
+    if (projected) zero(s.dh_raw, N * ld_h);  // the padding past the last vector is read, never written
+    load_state(p.h0, P, s.h0, 0, N);
+    load_state(p.dh_n, P, s.dh, 0, N);
+    if (Cell::kHasCell) load_state(p.c0, H, s.c0, 0, N), load_state(p.dc_n, H, s.dc, 0, N);
+    const bool weights = p.dw_ih || p.dw_hh || p.db_ih || p.db_hh;
+    if (p.plan.packed) {
+      if (p.dw_ih) zero(s.dw_ih, I * gate_columns);
+      if (p.dw_hh) zero(s.dw_hh, P * gate_columns);
+      zero(s.db_ih, gate_columns);
+      zero(s.db_hh, gate_columns);
+    }
+    if (p.dw_hr) zero(s.dw_hr, P * ld_h);
+
+    for (int64_t s1 = T_; s1 > 0;) {
+      const int64_t s0 = max(0, s1 - p.plan.chunk_steps);
+      const int64_t t0 = p.reverse ? T_ - s1 : s0, t1 = p.reverse ? T_ - s0 : s1;
+      if (p.plan.schedule == Schedule::kUnits) {
+        for (int64_t step = s1 - 1; step >= s0; --step) {
+          const int64_t t = time(step);
+          backward_output(s, t0, t, 0, N);
+          parallel(unit_vectors, [&](int64_t a, int64_t b) { backward_cells(s, t0, t, 0, N, a, b); });
+          parallel(column_panels(P), [&](int64_t a, int64_t b) { backward_hidden(s, t0, t, 0, N, a, b); });
+          apply_resets(s.dh, s.dc, t, 0, N);
+        }
+      } else {
+        parallel_batch([&](int64_t j0, int64_t j1) {
+          for (int64_t step = s1 - 1; step >= s0; --step) {
+            const int64_t t = time(step);
+            backward_output(s, t0, t, j0, j1);
+            backward_cells(s, t0, t, j0, j1, 0, unit_vectors);
+            backward_hidden(s, t0, t, j0, j1, 0, column_panels(P));
+            apply_resets(s.dh, s.dc, t, j0, j1);
+          }
+        });
+      }
+      const int64_t rows = p.first_row[t1 - 1] + p.active[t1 - 1] - p.first_row[t0];
+      const auto each_worker = [&](int64_t n, auto body) {
+        parallel(min(threads, n), [&](int64_t begin, int64_t end) {
+          const int64_t parts = min(threads, n);
+          for (int64_t i = begin; i < end; ++i)
+            body(n * i / parts, n * (i + 1) / parts, s.panels + i * kSumRows * kMaxPanel * kLanes,
+                 s.hidden + i * kUnits * ld_h);
+        });
+      };
+      if (p.dinput.data || p.dw_ih || p.dw_hh || p.dw_hr)
+        each_worker(rows, [&](int64_t begin, int64_t end, T*, T* hidden) { chunk_rows(s, t0, begin, end, hidden); });
+      if (weights && !p.plan.packed) direct_weights(s, rows);
+      if (weights && p.plan.packed)
+        each_worker(gate_panels,
+                    [&](int64_t begin, int64_t end, T* buffer, T*) { chunk_weights(s, rows, begin, end, buffer); });
+      if (p.dw_hr)
+        each_worker(column_panels(H), [&](int64_t begin, int64_t end, T* buffer, T* hidden) {
+          chunk_projection(s, t0, rows, begin, end, buffer, hidden);
+        });
+      s1 = s0;
+    }
+
+    store_state(s.dh, P, p.dh0, 0, N);
+    if (Cell::kHasCell) store_state(s.dc, H, p.dc0, 0, N);
+    if (p.plan.packed) {
+      unpack_gates(s.dw_ih, I, Cell::kInputGates, p.dw_ih);
+      unpack_gates(s.dw_hh, P, Cell::kRecurrentGates, p.dw_hh);
+      unpack_gates(s.db_ih, 1, Cell::kInputGates, p.db_ih);
+      unpack_gates(Cell::kInput == Cell::kRecurrent ? s.db_ih : s.db_hh, 1, Cell::kRecurrentGates, p.db_hh);
+    }
+    if (p.dw_hr)
+      for (int64_t i = 0; i < P; ++i) copy(p.dw_hr + i * H, s.dw_hr + i * ld_h, H);
+  }
+};
+
+}  // namespace RNNFAST_ISA
+}  // namespace rnnfast

@@ -1,0 +1,107 @@
+// Which instruction set runs (once, at load, or by set_isa), and how a call is scheduled (make_plan).
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "../sequence.h"
+
+namespace rnnfast {
+
+#ifdef RNNFAST_X86
+const DriverTable& avx512_drivers();
+const DriverTable& avx2_drivers();
+#endif
+const DriverTable& baseline_drivers();
+
+namespace {
+
+struct Target {
+  const DriverTable& (*table)();
+  bool runs_here;
+};
+
+// Best first.
+const Target* targets(int* count) {
+#ifdef RNNFAST_X86
+  __builtin_cpu_init();
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  static const Target all[] = {{avx512_drivers, avx512}, {avx2_drivers, avx2}, {baseline_drivers, true}};
+#else
+  static const Target all[] = {{baseline_drivers, true}};
+#endif
+  *count = static_cast<int>(sizeof(all) / sizeof(all[0]));
+  return all;
+}
+
+const DriverTable* best() {
+  int count;
+  const Target* all = targets(&count);
+  return &std::find_if(all, all + count, [](const Target& t) { return t.runs_here; })->table();
+}
+
+std::atomic<const DriverTable*> current{nullptr};
+
+}  // namespace
+
+const DriverTable& drivers() {
+  const DriverTable* table = current.load(std::memory_order_acquire);
+  if (!table) {
+    table = best();
+    current.store(table, std::memory_order_release);
+  }
+  return *table;
+}
+
+const char* const* supported_isas() {
+  static const char* names[4] = {};
+  int count, n = 0;
+  const Target* all = targets(&count);
+  for (int i = 0; i < count; ++i)
+    if (all[i].runs_here) names[n++] = all[i].table().isa;
+  return names;
+}
+
+bool set_isa(const char* name) {
+  int count;
+  const Target* all = targets(&count);
+  for (int i = 0; i < count; ++i)
+    if (all[i].runs_here && !std::strcmp(all[i].table().isa, name)) {
+      current.store(&all[i].table(), std::memory_order_release);
+      return true;
+    }
+  return false;
+}
+
+Plan make_plan(const Sizes& size, const CellInfo& cell, int threads, bool backward) {
+  // Multiply-adds below which waking other threads costs more than it saves (a few microseconds of one core).
+  constexpr double kParallelWork = 1 << 17;
+  // The same for one step of the recurrence, when threads must meet after each.
+  constexpr double kParallelStep = 1 << 16;
+  // Rows per chunk: the chunk's gates should stay in the second-level cache; backward wants long sums instead.
+  constexpr int64_t kForwardRows = 128, kBackwardRows = 512;
+
+  const double gate_rows = static_cast<double>(cell.gates) * static_cast<double>(size.H);
+  const double step_work = gate_rows * static_cast<double>(size.P) * static_cast<double>(size.N);
+  const double work = static_cast<double>(size.R) * gate_rows * static_cast<double>(size.I + size.P);
+  Plan plan{};
+  plan.schedule = Schedule::kOneThread;
+  plan.threads = std::clamp(threads, 1, 256);
+  if (work < kParallelWork) plan.threads = 1;
+  if (plan.threads > 1) {
+    // Splitting the batch needs no meeting of threads, but every thread reads all weights; with few sequences a
+    // thread that reads only its own part of the weights is faster, if a step is long enough to pay for the meeting.
+    if (size.N < 4 * plan.threads && step_work >= kParallelStep * plan.threads)
+      plan.schedule = Schedule::kUnits;
+    else if (size.N > 1)
+      plan.schedule = Schedule::kBatch;
+  }
+  plan.packed = size.R > kInPlaceRows;
+  const int64_t rows = backward ? kBackwardRows : kForwardRows;
+  plan.chunk_steps = std::clamp<int64_t>(rows / std::max<int64_t>(size.N, 1), 1, std::max<int64_t>(size.T, 1));
+  return plan;
+}
+
+}  // namespace rnnfast

@@ -1,0 +1,344 @@
+// What forward and backward share: where things lie, how the work is divided, how weights are rearranged, and the
+// products over rows scattered in memory.
+//
+// Standard library functions are avoided here and in all that the instruction sets compile: an inline one could be
+// shared by the linker between them.
+#pragma once
+
+#include "../cells.h"
+#include "../sequence.h"
+#include "product.h"
+
+namespace rnnfast {
+inline namespace RNNFAST_ISA {
+
+constexpr int64_t kRowBatch = 128;  // rows whose pointers are gathered on the stack at a time
+constexpr int64_t kSumRows = 256;   // terms of a weight gradient summed before they join the total, for its accuracy
+
+inline int64_t min(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+inline int64_t max(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+template <typename T>
+inline void copy(T* dst, const T* src, int64_t n) {
+  if (n > 0) __builtin_memcpy(dst, src, static_cast<size_t>(n) * sizeof(T));
+}
+
+template <typename T>
+inline void zero(T* dst, int64_t n) {
+  if (n > 0) __builtin_memset(dst, 0, static_cast<size_t>(n) * sizeof(T));
+}
+
+// Hands out pieces of the caller's scratch. With a null base it only counts, so one function both sizes and lays out.
+template <typename T>
+struct Arena {
+  T* base;
+  int64_t used = 0;
+  T* take(int64_t n) {
+    T* piece = base ? base + used : nullptr;
+    used += ceil_div(n, kBlock<T>) * kBlock<T>;
+    return piece;
+  }
+};
+template <typename Cell, typename T>
+struct SequenceLayout {
+  using Params = SequenceParams<T>;
+  using V = VectorOf<T>;
+  static constexpr int64_t kLanes = Lanes<T>::kCount;
+  static constexpr int64_t kUnits = kBlock<T>;  // units in a block of the padded layout
+  static constexpr int kGates = Cell::kGates, kSlots = Cell::kSlots;
+  // A panel of gate rows holds all gates of one vector of units; with a single gate, several vectors of units.
+  static constexpr int kPanelUnits = kGates == 1 ? kMaxPanel : 1;
+  static constexpr int kPanelVectors = kGates * kPanelUnits;
+  static constexpr int64_t kPanelStride =
+      kGates == 1 ? kLanes : kUnits;  // between the panel's vectors in a row of gates
+  static_assert(kPanelVectors <= kMaxPanel && kSlots >= kGates, "a panel of gates must fit a tile");
+
+  static int64_t padded(int64_t units) { return ceil_div(units, kUnits) * kUnits; }
+
+  const Params& p;
+  const int64_t T_, N, I, H, P;
+  const bool projected;
+  const int64_t ld_h, ld_p;    // padded rows of H and P units
+  const int64_t gate_row;      // elements of a row of gates
+  const int64_t unit_vectors;  // of H
+  const int64_t gate_panels;   // panels over the units of H
+  const int64_t gate_columns;  // ld_h * kGates, K of the products with dgates
+
+  explicit SequenceLayout(const Params& params)
+      : p(params),
+        T_(p.size.T),
+        N(p.size.N),
+        I(p.size.I),
+        H(p.size.H),
+        P(p.size.P),
+        projected(p.w_hr != nullptr),
+        ld_h(padded(H)),
+        ld_p(padded(P)),
+        gate_row(ld_h * kSlots),
+        unit_vectors(ld_h / kLanes),
+        gate_panels(ceil_div(unit_vectors, kPanelUnits)),
+        gate_columns(ld_h * kGates) {}
+
+  // ---- where things are ----
+
+  // Offset of vector v of units inside a row of `slots` slots, at slot s.
+  static int64_t unit_offset(int64_t v, int slots, int s) {
+    const int64_t unit = v * kLanes;
+    return unit / kUnits * slots * kUnits + s * kUnits + unit % kUnits;
+  }
+  int panel_vectors(int64_t panel) const {
+    return kGates == 1 ? static_cast<int>(min(kPanelVectors, unit_vectors - panel * kPanelUnits)) : kPanelVectors;
+  }
+  int64_t panel_offset(int64_t panel, int slots, int s) const { return unit_offset(panel * kPanelUnits, slots, s); }
+  // Row of W_ih or W_hh that lane 0 of vector q of a panel comes from, and how many lanes have one.
+  int64_t weight_row(const int* gate_of, int64_t panel, int q) const {
+    return kGates == 1 ? (panel * kPanelUnits + q) * kLanes : gate_of[q] * H + panel * kLanes;
+  }
+  int64_t weight_lanes(int64_t panel, int q) const {
+    const int64_t unit = kGates == 1 ? (panel * kPanelUnits + q) * kLanes : panel * kLanes;
+    return max(0, min(kLanes, H - unit));
+  }
+
+  int64_t position(int64_t j) const { return p.order ? p.order[j] : j; }
+  template <typename U>
+  U* outside(const Rows<U>& rows, int64_t t, int64_t j) const {
+    if (p.is_packed) return rows.data + (p.first_row[t] + j) * rows.row;
+    return rows.data + t * rows.step + position(j) * rows.row;
+  }
+  int64_t row(int64_t t, int64_t j) const { return p.first_row[t] + j; }
+  int64_t time(int64_t s) const { return p.reverse ? T_ - 1 - s : s; }
+  // The state before step t is zero by a reset: a boundary between two steps of the sequence, or before its first.
+  bool is_reset(int64_t t, int64_t j) const {
+    if (!p.resets) return false;
+    const int64_t boundary = p.reverse ? t + 1 : t;
+    return boundary < T_ && j < p.active[boundary] && p.resets[boundary * N + position(j)];
+  }
+
+  template <typename F>
+  void parallel(int64_t n, F body) const {
+    if (p.plan.threads == 1 || n <= 1) {
+      if (n > 0) body(0, n);
+      return;
+    }
+    p.parallel_for(n, p.plan.threads, &body,
+                   [](void* f, int64_t begin, int64_t end) { (*static_cast<F*>(f))(begin, end); });
+  }
+
+  // The batch split so that each thread has about the same number of rows: body(j0, j1) on each.
+  template <typename F>
+  void parallel_batch(F body) const {
+    const int64_t parts = p.plan.schedule == Schedule::kBatch ? min(p.plan.threads, N) : 1;
+    int64_t bound[kMaxParts + 1];
+    bound[0] = 0;
+    int64_t length = T_, rows = 0, part = 1;
+    for (int64_t j = 0; j < N && part < parts; ++j) {
+      while (length > 0 && p.active[length - 1] <= j) --length;
+      rows += length;
+      while (part < parts && rows * parts >= p.size.R * part) bound[part++] = j + 1;
+    }
+    while (part <= parts) bound[part++] = N;
+    parallel(parts, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        if (bound[i] < bound[i + 1]) body(bound[i], bound[i + 1]);
+    });
+  }
+  static constexpr int kMaxParts = 256;
+
+  // ---- weights ----
+
+  // Panels of W^T for products whose columns are gates: [gate_panels][K][panel vectors][kLanes].
+  int64_t gate_panel_size(int64_t K) const { return K * kPanelVectors * kLanes; }
+  void pack_gates(const T* w, int64_t K, const int* gate_of, T* panels) const {
+    parallel(gate_panels, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int nr = panel_vectors(panel);
+        for (int q = 0; q < nr; ++q) {
+          const T* rows[kLanes] = {};
+          const int64_t lanes = weight_lanes(panel, q);
+          for (int64_t i = 0; i < lanes; ++i) rows[i] = w + (weight_row(gate_of, panel, q) + i) * K;
+          transpose_rows(rows, lanes, K, panels + panel * gate_panel_size(K) + q * kLanes, nr * kLanes, true);
+        }
+      }
+    });
+  }
+
+  // Panels for products with `columns` plain columns: [panels][K][vectors][kLanes], kMaxPanel vectors but in the last.
+  static int64_t column_panels(int64_t columns) { return ceil_div(ceil_div(columns, kLanes), kMaxPanel); }
+  static int column_vectors(int64_t columns, int64_t panel) {
+    return static_cast<int>(min(kMaxPanel, ceil_div(columns, kLanes) - panel * kMaxPanel));
+  }
+  static int64_t column_panel_size(int64_t K) { return K * kMaxPanel * kLanes; }
+
+  // W [P, H] of the projection for h = W h_raw: columns are the rows of W.
+  void pack_projection(const T* w, T* panels) const {
+    for (int64_t panel = 0; panel < column_panels(P); ++panel) {
+      const int nr = column_vectors(P, panel);
+      for (int q = 0; q < nr; ++q) {
+        const int64_t first = (panel * kMaxPanel + q) * kLanes;
+        const T* rows[kLanes] = {};
+        const int64_t lanes = min(kLanes, P - first);
+        for (int64_t i = 0; i < lanes; ++i) rows[i] = w + (first + i) * H;
+        transpose_rows(rows, lanes, H, panels + panel * column_panel_size(H) + q * kLanes, nr * kLanes, true);
+      }
+    }
+  }
+
+  // One row of K of a column panel: `source` null or short is padded with zeros.
+  static void pack_row(const T* source, int64_t columns, int64_t panel, int nr, T* dst) {
+    const int64_t first = panel * kMaxPanel * kLanes, width = nr * kLanes;
+    const int64_t have = source ? min(width, columns - first) : 0;
+    copy(dst, source + first, have);
+    zero(dst + have, width - have);
+  }
+
+  // W [G*H, columns] for d = dgates W. A panel is read in place where plan.packed is off and all its columns exist;
+  // else it is a copy in which K runs over the padded units of each block, gate by gate.
+  bool in_place(int64_t columns, int64_t panel) const {
+    return !p.plan.packed && (panel * kMaxPanel + column_vectors(columns, panel)) * kLanes <= columns;
+  }
+  int64_t backward_panels_size(int64_t columns) const {
+    return (p.plan.packed ? column_panels(columns) : min(1, column_panels(columns))) * column_panel_size(gate_columns);
+  }
+  T* backward_panel(T* panels, int64_t panel) const {
+    return p.plan.packed ? panels + panel * column_panel_size(gate_columns) : panels;
+  }
+  void pack_backward(const T* w, int64_t columns, const int* gate_of, T* panels) const {
+    parallel(column_panels(columns), [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) {
+        if (in_place(columns, panel)) continue;
+        const int nr = column_vectors(columns, panel);
+        T* dst = backward_panel(panels, panel);
+        for (int64_t block = 0; block < ld_h; block += kUnits)
+          for (int q = 0; q < kGates; ++q)
+            for (int64_t unit = block; unit < block + kUnits; ++unit, dst += nr * kLanes)
+              pack_row(unit < H ? w + (gate_of[q] * H + unit) * columns : nullptr, columns, panel, nr, dst);
+      }
+    });
+  }
+
+  // Both biases in the layout of a row of gates; where a slot meets both products it gets their sum.
+  void pack_bias(T* bias) const {
+    zero(bias, gate_row);
+    if (!p.b_ih) return;
+    for (int q = 0; q < kGates; ++q)
+      for (int64_t u = 0; u < H; ++u) {
+        const int64_t at = u / kUnits * kSlots * kUnits + u % kUnits;
+        bias[at + (Cell::kInput + q) * kUnits] += p.b_ih[Cell::kInputGates[q] * H + u];
+        bias[at + (Cell::kRecurrent + q) * kUnits] += p.b_hh[Cell::kRecurrentGates[q] * H + u];
+      }
+  }
+
+  // ---- products over gathered rows ----
+
+  // gates += A W^T for one panel of gates, from packed panels or from W itself.
+  template <typename After>
+  void gate_product(int64_t rows, int64_t K, const T* w, const T* panels, const int* gate_of, int first_slot,
+                    int64_t panel, RowOperands<T> io, After after) const {
+    const int nr = panel_vectors(panel);
+    io.offset = panel_offset(panel, kSlots, first_slot);
+    io.stride = kPanelStride;
+    if (p.plan.packed) {
+      panel_product(rows, nr, Inner{1, K, 0, nr * kLanes}, panels + panel * gate_panel_size(K), io, after);
+      return;
+    }
+    for (int q = 0; q < nr; ++q) {
+      dot_product(rows, K, w + weight_row(gate_of, panel, q) * K, K, weight_lanes(panel, q), io);
+      io.offset += io.stride;
+    }
+    after(0, rows);
+  }
+
+  // C = C_in + A B for one column panel; product(rows, io) computes whole vectors. `columns` of C exist, its rows are
+  // padded where `is_padded`; else the last, partial panel (never with C_in) goes through the stack.
+  template <typename Product>
+  static void column_panel(int64_t rows, int64_t columns, int64_t panel, bool is_padded, RowOperands<T> io,
+                           Product product) {
+    const int64_t first = panel * kMaxPanel * kLanes;
+    io.stride = kLanes;
+    io.offset = first;
+    if (is_padded || first + column_vectors(columns, panel) * kLanes <= columns) {
+      product(rows, io);
+      return;
+    }
+    constexpr int64_t kMost = 8;
+    T buffer[kMost][kMaxPanel * kLanes];
+    T* out[kMost];
+    for (int64_t i = 0; i < kMost; ++i) out[i] = buffer[i];
+    for (int64_t r = 0; r < rows; r += kMost) {
+      const int64_t n = min(kMost, rows - r);
+      product(n, RowOperands<T>{io.a + r, nullptr, out, 0, kLanes});
+      for (int64_t i = 0; i < n; ++i) copy(io.c_out[r + i] + first, buffer[i], columns - first);
+    }
+  }
+  static void nothing(int64_t, int64_t) {}
+
+  // C = A B over all panels of packed plain columns, rows of C padded.
+  void packed_product(int64_t rows, int64_t K, const T* panels, int64_t columns, const RowOperands<T>& io) const {
+    for (int64_t panel = 0; panel < column_panels(columns); ++panel) {
+      const int nr = column_vectors(columns, panel);
+      column_panel(rows, columns, panel, true, io, [&](int64_t n, const RowOperands<T>& part) {
+        panel_product(n, nr, Inner{1, K, 0, nr * kLanes}, panels + panel * column_panel_size(K), part, nothing);
+      });
+    }
+  }
+
+  // C = C_in + dgates W over panels [panel0, panel1) of W's columns; rows of A start at their first slot.
+  void gradient_product(int64_t rows, const T* w, T* panels, const int* gate_of, int64_t columns, int64_t panel0,
+                        int64_t panel1, bool is_padded, const RowOperands<T>& io) const {
+    for (int64_t panel = panel0; panel < panel1; ++panel) {
+      const int nr = column_vectors(columns, panel);
+      column_panel(rows, columns, panel, is_padded, io, [&](int64_t n, RowOperands<T> part) {
+        if (!in_place(columns, panel)) {
+          const Inner all{ld_h / kUnits, kGates * kUnits, kSlots * kUnits, nr * kLanes};
+          panel_product(n, nr, all, backward_panel(panels, panel), part, nothing);
+          return;
+        }
+        for (int q = 0; q < kGates; ++q) {
+          const T* b = w + gate_of[q] * H * columns + panel * kMaxPanel * kLanes;
+          const T* a[kRowBatch];
+          part.a = a;
+          for (int64_t i = 0; i < n; ++i) a[i] = io.a[i] + q * kUnits;
+          panel_product(n, nr, Inner{H / kUnits, kUnits, kSlots * kUnits, columns}, b, part, nothing);
+          part.c_in = part.c_out;
+          if (H % kUnits == 0) continue;
+          for (int64_t i = 0; i < n; ++i) a[i] += H / kUnits * kSlots * kUnits;
+          panel_product(n, nr, Inner{1, H % kUnits, 0, columns}, b + H / kUnits * kUnits * columns, part, nothing);
+        }
+      });
+    }
+  }
+
+  // ---- state ----
+
+  void apply_resets(T* h, T* c, int64_t t, int64_t j0, int64_t j1) const {
+    if (!p.resets) return;
+    for (int64_t j = j0; j < min(j1, p.active[t]); ++j)
+      if (is_reset(t, j)) {
+        zero(h + j * ld_p, ld_p);
+        if (Cell::kHasCell) zero(c + j * ld_h, ld_h);
+      }
+  }
+
+  // [N, units] outside to padded rows in the driver's order; null is zero.
+  void load_state(const T* from, int64_t units, T* to, int64_t j0, int64_t j1) const {
+    const int64_t ld = padded(units);
+    for (int64_t j = j0; j < j1; ++j) {
+      if (from) copy(to + j * ld, from + position(j) * units, units);
+      zero(to + j * ld + (from ? units : 0), ld - (from ? units : 0));
+    }
+  }
+  void store_state(const T* from, int64_t units, T* to, int64_t j0, int64_t j1) const {
+    if (to)
+      for (int64_t j = j0; j < j1; ++j) copy(to + position(j) * units, from + j * padded(units), units);
+  }
+};
+
+}  // namespace RNNFAST_ISA
+}  // namespace rnnfast

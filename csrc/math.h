@@ -1,0 +1,102 @@
+// The value types a cell can be written over, and sigmoid and tanh for them.
+//
+// A cell's formula is a template over V. On the CPU V is a compiler vector of float or double (GCC / Clang vector
+// extension, so arithmetic operators and `mask ? a : b` work lane by lane); its width belongs to the instruction set
+// that includes this file. Nothing here touches memory. Derivatives are written from the function's value, in cells.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace rnnfast {
+inline namespace RNNFAST_ISA {
+
+template <typename T>
+struct Lanes {
+  static constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(T));
+  typedef T Vector __attribute__((vector_size(kVectorBytes)));
+};
+
+template <typename T>
+using VectorOf = typename Lanes<T>::Vector;
+
+// What differs between float and double in `exp`: the integer of the same width, the format's constants, and how many
+// Taylor terms reach half an ulp on |r| <= ln(2) / 2 (the first one left out is r^8/8! < 2^-27, r^14/14! < 2^-57).
+template <typename V>
+struct Format;
+
+template <>
+struct Format<VectorOf<float>> {
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  static constexpr int kMantissaBits = 23, kBias = 127, kTerms = 7;
+  static constexpr int32_t kSignBit = INT32_MIN;
+  static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer, kept in the low mantissa bits
+  static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;  // ln 2 = high + low; n * high is exact
+  static constexpr float kMin = -87.0f, kMax = 89.0f;  // 2^n stays a normal number below, becomes inf above
+};
+
+template <>
+struct Format<VectorOf<double>> {
+  typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+  static constexpr int kMantissaBits = 52, kBias = 1023, kTerms = 13;
+  static constexpr int64_t kSignBit = INT64_MIN;
+  static constexpr double kRound = 0x1.8p52;
+  static constexpr double kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33;
+  static constexpr double kMin = -708.0, kMax = 710.0;
+};
+
+// e^x = scale * (1 + fraction) with scale = 2^n and |fraction| < 0.42. Kept apart so that e^x - 1 loses no digits.
+template <typename V>
+struct Exponential {
+  V scale, fraction;
+};
+
+// x = n ln 2 + r, then the Taylor series of e^r - 1. NaN stays NaN: every comparison with it is false.
+template <typename V>
+inline Exponential<V> exponential(V x) {
+  using F = Format<V>;
+  using Int = typename F::Int;
+  x = x < F::kMin ? V{} + F::kMin : x;
+  x = x > F::kMax ? V{} + F::kMax : x;
+  constexpr double kLog2E = 1.4426950408889634074;
+  using T = decltype(F::kMin + F::kMin);
+  const V shifted = x * static_cast<T>(kLog2E) + F::kRound;
+  const V n = shifted - F::kRound;
+  const V r = (x - n * F::kLn2High) - n * F::kLn2Low;
+  // 1/k! for k = 13 .. 2
+  constexpr double kInverseFactorial[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800,
+                                          1.0 / 362880,     1.0 / 40320,     1.0 / 5040,     1.0 / 720,
+                                          1.0 / 120,        1.0 / 24,        1.0 / 6,        1.0 / 2};
+  V q = V{} + static_cast<T>(kInverseFactorial[13 - F::kTerms]);
+#pragma GCC unroll 16
+  for (int k = 14 - F::kTerms; k < 12; ++k) q = q * r + static_cast<T>(kInverseFactorial[k]);
+  const Int exponent = reinterpret_cast<Int>(shifted) - reinterpret_cast<Int>(V{} + F::kRound) + F::kBias;
+  return {reinterpret_cast<V>(exponent << F::kMantissaBits), r * r * q + r};
+}
+
+// 1 / (1 + e^-x)
+template <typename V>
+inline V sigmoid(V x) {
+  const Exponential<V> e = exponential(-x);
+  return 1 / (1 + e.scale * (1 + e.fraction));  // this order keeps inf * (1 + fraction) = inf, never inf - inf
+}
+
+// tanh |x| = -d / (2 + d) with d = e^(-2|x|) - 1, which keeps full relative precision near 0.
+template <typename V>
+inline V tanh(V x) {
+  using Int = typename Format<V>::Int;
+  const Int sign = reinterpret_cast<Int>(x) & Format<V>::kSignBit;
+  const V magnitude = reinterpret_cast<V>(reinterpret_cast<Int>(x) ^ sign);
+  const Exponential<V> e = exponential(-2 * magnitude);
+  const V d = (e.scale - 1) + e.scale * e.fraction;
+  return reinterpret_cast<V>(reinterpret_cast<Int>(-d / (2 + d)) | sign);
+}
+
+// Zero where x is negative; NaN passes.
+template <typename V>
+inline V relu(V x) {
+  return x < 0 ? V{} : x;
+}
+
+}  // namespace RNNFAST_ISA
+}  // namespace rnnfast

@@ -1,0 +1,549 @@
+// The operators torch.ops.rnnfast.*: schemas, the one set of checks, allocation and autograd. at::Tensor ends here.
+//
+// For each cell three operators share one schema of inputs: `<cell>` (differentiable), `_<cell>_forward` (also returns
+// what backward needs) and `_<cell>_backward`. One call is one layer in one direction over all steps. Fake kernels and
+// the double backward are registered from Python (ops.py).
+#include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <array>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "sequence.h"
+
+namespace rnnfast {
+namespace {
+
+using at::Tensor;
+using torch::autograd::variable_list;
+using MaybeTensor = std::optional<Tensor>;
+
+// The arguments every operator starts with; shapes as checked by Call.
+#define RNNFAST_ARGUMENTS                                                                                              \
+  const Tensor &input, const MaybeTensor &h0, const MaybeTensor &c0, const Tensor &weight_ih, const Tensor &weight_hh, \
+      const MaybeTensor &bias_ih, const MaybeTensor &bias_hh, const MaybeTensor &weight_hr,                            \
+      const MaybeTensor &batch_sizes, const MaybeTensor &lengths, const MaybeTensor &resets, bool reverse
+#define RNNFAST_PASS \
+  input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, lengths, resets, reverse
+
+constexpr const char* kSchemaArguments =
+    "Tensor input, Tensor? h0, Tensor? c0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
+    "Tensor? weight_hr, Tensor? batch_sizes=None, Tensor? lengths=None, Tensor? resets=None, bool reverse=False";
+constexpr int kNumGradients = 8;  // input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor>;                                // output, h_n, c_n
+using SavingOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // ... gates, cells, hidden
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+bool has(const MaybeTensor& t) {
+  return t.has_value() && t->defined();
+}
+
+// ---- checks and layout ----
+
+struct Dim {
+  const char* letter;
+  int64_t size;
+};
+
+// One call, checked: sizes, the rows of every step, and tensors ready for the driver.
+class Call {
+ public:
+  Call(int index, RNNFAST_ARGUMENTS) : cell_(drivers().cells[index]), index_(index), reverse_(reverse) {
+    check_dtype_and_device(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr);
+    TORCH_CHECK_VALUE(weight_ih.dim() == 2, what("weight_ih"), "expected 2 dimensions [G*H, I], got ",
+                      weight_ih.sizes());
+    TORCH_CHECK_VALUE(weight_hh.dim() == 2, what("weight_hh"), "expected 2 dimensions [G*H, P], got ",
+                      weight_hh.sizes());
+    const int64_t G = cell_.gates;
+    TORCH_CHECK_VALUE(weight_ih.size(0) > 0 && weight_ih.size(0) % G == 0, what("weight_ih"),
+                      "expected [G*H, I] with G = ", G, " and H at least 1, got ", weight_ih.sizes());
+    size_.I = weight_ih.size(1);
+    size_.H = weight_ih.size(0) / G;
+    size_.P = has(weight_hr) && weight_hr->dim() == 2 ? weight_hr->size(0) : size_.H;
+    check_layout(input, batch_sizes, lengths, resets);
+    check_shape("weight_hh", weight_hh, {{"G*H", G * size_.H}, {"P", size_.P}});
+    TORCH_CHECK_VALUE(has(bias_ih) == has(bias_hh), name(),
+                      ": bias_ih and bias_hh: expected both or neither, got only ",
+                      has(bias_ih) ? "bias_ih" : "bias_hh");
+    if (has(bias_ih)) check_shape("bias_ih", *bias_ih, {{"G*H", G * size_.H}});
+    if (has(bias_hh)) check_shape("bias_hh", *bias_hh, {{"G*H", G * size_.H}});
+    if (has(weight_hr)) {
+      TORCH_CHECK_VALUE(cell_.has_cell, what("weight_hr"), "this cell has no projection; expected None");
+      TORCH_CHECK_VALUE(weight_hr->dim() == 2 && weight_hr->size(0) > 0, what("weight_hr"),
+                        "expected [P, H] with P at least 1, got ", weight_hr->sizes());
+      check_shape("weight_hr", *weight_hr, {{"P", size_.P}, {"H", size_.H}});
+    }
+    if (has(h0)) check_shape("h0", *h0, {{"N", size_.N}, {"P", size_.P}});
+    if (has(c0)) {
+      TORCH_CHECK_VALUE(cell_.has_cell, what("c0"), "this cell has no second state; expected None");
+      check_shape("c0", *c0, {{"N", size_.N}, {"H", size_.H}});
+    }
+
+    dtype_ = input.scalar_type();
+    compute_ = dtype_ == at::kDouble ? at::kDouble : at::kFloat;
+    input_ = rows(input);
+    h0_ = dense(h0), c0_ = dense(c0);
+    weight_ih_ = dense(weight_ih), weight_hh_ = dense(weight_hh);
+    bias_ih_ = dense(bias_ih), bias_hh_ = dense(bias_hh), weight_hr_ = dense(weight_hr);
+  }
+
+  SavingOutputs forward(bool save) {
+    std::vector<int64_t> shape = outer_;
+    shape.push_back(size_.P);
+    const auto options = input_.options().dtype(compute_);
+    const auto none = [&] { return at::empty({0}, options); };  // outputs may not alias: a new one each time
+    Tensor output = lengths_.defined() ? at::zeros(shape, options) : at::empty(shape, options);
+    Tensor h_n = at::empty({size_.N, size_.P}, options);
+    Tensor c_n = cell_.has_cell ? at::empty({size_.N, size_.H}, options) : none();
+    Tensor gates = none(), cells = none(), hidden = none();
+    if (save) {
+      const int64_t block = 64 / c10::elementSize(compute_), steps = size_.T * size_.N;
+      const auto saved = [&](int64_t units, int64_t slots) {
+        return at::empty({is_packed_ ? size_.R : steps, (units + block - 1) / block * block * slots}, options);
+      };
+      gates = saved(size_.H, cell_.slots);
+      if (cell_.has_cell) cells = saved(size_.H, 1);
+      if (cell_.saves_hidden || weight_hr_.defined()) hidden = saved(size_.P, 1);
+    }
+    fill_rows();
+    const auto run = [&](auto zero, const auto& driver) {
+      using T = decltype(zero);
+      SequenceParams<T> p = params<T>(false);
+      p.training = save;
+      p.output = {output.mutable_data_ptr<T>(), size_.N * size_.P, size_.P};
+      p.h_n = h_n.mutable_data_ptr<T>();
+      p.c_n = cell_.has_cell ? c_n.mutable_data_ptr<T>() : nullptr;
+      set_saved(p, gates, cells, hidden);
+      run_driver(p, driver.forward_scratch, driver.forward);
+    };
+    dispatch(run);
+    return {output.to(dtype_), h_n.to(dtype_), c_n.to(dtype_), gates, cells, hidden};
+  }
+
+  Gradients backward(const MaybeTensor& grad_output, const MaybeTensor& grad_h_n, const MaybeTensor& grad_c_n,
+                     const Tensor& gates, const Tensor& cells, const Tensor& hidden,
+                     const std::array<bool, kNumGradients>& needs) {
+    const Sizes& z = size_;
+    const int64_t GH = cell_.gates * z.H;
+    const auto check_gradient = [&](const char* argument, const MaybeTensor& t, std::vector<Dim> dims) {
+      if (!has(t)) return;
+      TORCH_CHECK_TYPE(t->scalar_type() == dtype_, what(argument), "expected ", dtype_, ", got ", t->scalar_type());
+      check_shape(argument, *t, dims);
+    };
+    std::vector<Dim> output_dims = outer_dims_;
+    output_dims.push_back({"P", z.P});
+    check_gradient("grad_output", grad_output, output_dims);
+    check_gradient("grad_h_n", grad_h_n, {{"N", z.N}, {"P", z.P}});
+    if (cell_.has_cell) check_gradient("grad_c_n", grad_c_n, {{"N", z.N}, {"H", z.H}});
+    const int64_t block = 64 / c10::elementSize(compute_), saved_rows = is_packed_ ? z.R : z.T * z.N;
+    const auto check_saved = [&](const char* argument, const Tensor& t, bool kept, int64_t units, int64_t slots) {
+      const int64_t count = kept ? saved_rows * ((units + block - 1) / block * block) * slots : 0;
+      TORCH_CHECK_VALUE(
+          t.scalar_type() == compute_ && t.is_contiguous() && t.device() == input_.device() && t.numel() == count,
+          what(argument), "expected what _", cell_.name, "_forward returned, ", count, " elements of ", compute_,
+          ", got ", t.scalar_type(), " of shape ", t.sizes());
+    };
+    check_saved("gates", gates, true, z.H, cell_.slots);
+    check_saved("cells", cells, cell_.has_cell, z.H, 1);
+    check_saved("hidden", hidden, cell_.saves_hidden || weight_hr_.defined(), z.P, 1);
+
+    const auto options = input_.options().dtype(compute_);
+    std::vector<int64_t> input_shape = outer_;
+    input_shape.push_back(z.I);
+    const auto wanted = [&](int i, bool exists, at::IntArrayRef shape) {
+      return at::empty(needs[i] && exists ? shape : at::IntArrayRef{0}, options);
+    };
+    std::array<Tensor, kNumGradients> grad = {
+        needs[0] && lengths_.defined() ? at::zeros(input_shape, options) : wanted(0, true, input_shape),
+        wanted(1, true, {z.N, z.P}),
+        wanted(2, cell_.has_cell, {z.N, z.H}),
+        wanted(3, true, {GH, z.I}),
+        wanted(4, true, {GH, z.P}),
+        wanted(5, bias_ih_.defined(), {GH}),
+        wanted(6, bias_ih_.defined(), {GH}),
+        wanted(7, weight_hr_.defined(), {z.P, z.H}),
+    };
+    fill_rows();
+    const Tensor doutput = has(grad_output) ? rows(*grad_output) : Tensor();
+    const Tensor dh_n = dense(grad_h_n), dc_n = cell_.has_cell ? dense(grad_c_n) : Tensor();
+    const auto run = [&](auto zero, const auto& driver) {
+      using T = decltype(zero);
+      SequenceParams<T> p = params<T>(true);
+      set_saved(p, gates, cells, hidden);
+      p.doutput = view<T>(doutput);
+      p.dh_n = data<T>(dh_n), p.dc_n = data<T>(dc_n);
+      const auto target = [&](int i, bool exists) {
+        return needs[i] && exists ? grad[i].template mutable_data_ptr<T>() : nullptr;
+      };
+      p.dinput = {target(0, true), z.N * z.I, z.I};
+      p.dh0 = target(1, true), p.dc0 = target(2, cell_.has_cell);
+      p.dw_ih = target(3, true), p.dw_hh = target(4, true);
+      p.db_ih = target(5, bias_ih_.defined()), p.db_hh = target(6, bias_ih_.defined());
+      p.dw_hr = target(7, weight_hr_.defined());
+      run_driver(p, driver.backward_scratch, driver.backward);
+    };
+    dispatch(run);
+    return std::apply([&](auto&... g) { return Gradients(g.to(dtype_)...); }, grad);
+  }
+
+ private:
+  std::string name() const { return std::string("rnnfast::") + cell_.name; }
+  std::string what(const char* argument) const { return name() + ": " + argument + ": "; }
+
+  template <typename Dims>
+  void check_shape(const char* argument, const Tensor& t, const Dims& dims) const {
+    bool same = t.dim() == static_cast<int64_t>(dims.size());
+    int64_t i = 0;
+    for (const Dim& d : dims) same = same && t.size(i++) == d.size;
+    if (same) return;
+    std::string letters, sizes;
+    for (const Dim& d : dims) {
+      letters += (letters.empty() ? "" : ", ") + std::string(d.letter);
+      sizes += (sizes.empty() ? "" : ", ") + std::to_string(d.size);
+    }
+    TORCH_CHECK_VALUE(false, what(argument), "expected [", letters, "] = [", sizes, "], got ", t.sizes());
+  }
+  void check_shape(const char* argument, const Tensor& t, std::initializer_list<Dim> dims) const {
+    check_shape<std::initializer_list<Dim>>(argument, t, dims);
+  }
+
+  void check_dtype_and_device(const Tensor& input, const MaybeTensor& h0, const MaybeTensor& c0,
+                              const Tensor& weight_ih, const Tensor& weight_hh, const MaybeTensor& bias_ih,
+                              const MaybeTensor& bias_hh, const MaybeTensor& weight_hr) const {
+    const auto dtype = input.scalar_type();
+    TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
+                     what("input"), "expected float32, float64, bfloat16 or float16, got ", dtype);
+    const auto check = [&](const char* argument, const Tensor& t) {
+      TORCH_CHECK_VALUE(t.layout() == at::kStrided, what(argument), "expected a dense tensor, got layout ", t.layout());
+      TORCH_CHECK_TYPE(t.scalar_type() == dtype, what(argument), "expected the dtype of input, ", dtype, ", got ",
+                       t.scalar_type());
+      TORCH_CHECK(t.device().is_cpu(), what(argument), "expected a CPU tensor, got one on ", t.device());
+    };
+    check("input", input);
+    if (has(h0)) check("h0", *h0);
+    if (has(c0)) check("c0", *c0);
+    check("weight_ih", weight_ih);
+    check("weight_hh", weight_hh);
+    if (has(bias_ih)) check("bias_ih", *bias_ih);
+    if (has(bias_hh)) check("bias_hh", *bias_hh);
+    if (has(weight_hr)) check("weight_hr", *weight_hr);
+  }
+
+  Tensor checked_integers(const char* argument, const Tensor& t) const {
+    TORCH_CHECK_TYPE(t.scalar_type() == at::kLong, what(argument), "expected int64, got ", t.scalar_type());
+    TORCH_CHECK(t.device().is_cpu(), what(argument), "expected a CPU tensor, got one on ", t.device());
+    TORCH_CHECK_VALUE(t.dim() == 1, what(argument), "expected 1 dimension, got ", t.sizes());
+    return t.contiguous();
+  }
+
+  // T, N, R and outer_, the leading dimensions of input and output.
+  void check_layout(const Tensor& input, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
+                    const MaybeTensor& resets) {
+    is_packed_ = has(batch_sizes);
+    if (is_packed_) {
+      TORCH_CHECK_VALUE(!has(lengths), what("lengths"), "not with batch_sizes, which already say them; expected None");
+      TORCH_CHECK_VALUE(!has(resets), what("resets"), "not with batch_sizes; expected None");
+      batch_sizes_ = checked_integers("batch_sizes", *batch_sizes);
+      size_.T = batch_sizes_.numel();
+      TORCH_CHECK_VALUE(size_.T > 0, what("batch_sizes"), "expected at least one step, got none");
+      TORCH_CHECK_VALUE(input.dim() == 2, what("input"), "expected 2 dimensions [rows, I] with batch_sizes, got ",
+                        input.sizes());
+      const int64_t* sizes = batch_sizes_.const_data_ptr<int64_t>();
+      size_.N = sizes[0];
+      size_.R = 0;
+      for (int64_t t = 0; t < size_.T; ++t) {
+        TORCH_CHECK_VALUE(sizes[t] >= 1 && sizes[t] <= (t ? sizes[t - 1] : input.size(0)), what("batch_sizes"),
+                          "expected values from ", t ? sizes[t - 1] : input.size(0),
+                          " (never rising, at most the rows of input) down to 1, got ", sizes[t], " at step ", t);
+        size_.R += sizes[t];
+        TORCH_CHECK_VALUE(size_.R <= input.size(0), what("batch_sizes"), "expected a sum of ", input.size(0),
+                          ", the rows of input, got more by step ", t);
+      }
+      outer_ = {size_.R};
+      outer_dims_ = {{"rows", size_.R}};
+    } else {
+      TORCH_CHECK_VALUE(input.dim() == 3 || input.dim() == 2, what("input"),
+                        "expected 3 dimensions [T, N, I], or 2 for one step [N, I], got ", input.sizes());
+      size_.T = input.dim() == 3 ? input.size(0) : 1;
+      size_.N = input.size(-2);
+      TORCH_CHECK_VALUE(size_.T > 0, what("input"), "expected at least one step, got ", input.sizes());
+      size_.R = size_.T * size_.N;
+      outer_ = input.sizes().slice(0, input.dim() - 1).vec();
+      outer_dims_ =
+          input.dim() == 3 ? std::vector<Dim>{{"T", size_.T}, {"N", size_.N}} : std::vector<Dim>{{"N", size_.N}};
+    }
+    std::vector<Dim> dims = outer_dims_;
+    dims.push_back({"I", size_.I});
+    check_shape("input", input, dims);
+    // Elements of the largest thing allocated per row must be countable; a generous bound suffices.
+    int64_t elements;
+    const bool overflow =
+        __builtin_mul_overflow(size_.T, size_.N, &elements) ||
+        __builtin_mul_overflow(elements, 64 * (cell_.slots * size_.H + size_.I + size_.P + 64), &elements);
+    TORCH_CHECK_VALUE(!overflow, what("input"), "T * N * H is too large, got ", input.sizes(), " with H = ", size_.H);
+    if (has(lengths)) {
+      TORCH_CHECK_VALUE(input.dim() == 3, what("lengths"), "expected None for a single step");
+      lengths_ = checked_integers("lengths", *lengths);
+      check_shape("lengths", lengths_, {{"N", size_.N}});
+      const int64_t* l = lengths_.const_data_ptr<int64_t>();
+      for (int64_t n = 0; n < size_.N; ++n)
+        TORCH_CHECK_VALUE(l[n] >= 0 && l[n] <= size_.T, what("lengths"), "expected values from 0 to T = ", size_.T,
+                          ", got ", l[n], " for sequence ", n);
+    }
+    if (has(resets)) {
+      TORCH_CHECK_TYPE(resets->scalar_type() == at::kBool, what("resets"), "expected bool, got ",
+                       resets->scalar_type());
+      TORCH_CHECK(resets->device().is_cpu(), what("resets"), "expected a CPU tensor, got one on ", resets->device());
+      TORCH_CHECK_VALUE(input.dim() == 3, what("resets"), "expected None for a single step");
+      check_shape("resets", *resets, {{"T", size_.T}, {"N", size_.N}});
+      resets_ = resets->contiguous();
+    }
+  }
+
+  // active_, first_row_ and order_ of SequenceParams. After the large allocations, which refuse impossible sizes.
+  void fill_rows() {
+    active_.assign(size_.T, size_.N);
+    if (is_packed_) std::copy_n(batch_sizes_.const_data_ptr<int64_t>(), size_.T, active_.begin());
+    if (lengths_.defined()) {
+      const int64_t* l = lengths_.const_data_ptr<int64_t>();
+      order_.resize(size_.N);
+      std::iota(order_.begin(), order_.end(), 0);
+      std::stable_sort(order_.begin(), order_.end(), [l](int64_t a, int64_t b) { return l[a] > l[b]; });
+      int64_t n = size_.N;
+      for (int64_t t = 0; t < size_.T; ++t) {
+        while (n > 0 && l[order_[n - 1]] <= t) --n;
+        active_[t] = n;
+      }
+    }
+    first_row_.resize(size_.T);
+    size_.R = 0;
+    for (int64_t t = 0; t < size_.T; ++t) first_row_[t] = size_.R, size_.R += active_[t];
+  }
+
+  // ---- tensors for the driver ----
+
+  Tensor dense(const Tensor& t) const { return t.to(compute_).contiguous(); }
+  Tensor dense(const MaybeTensor& t) const { return has(t) ? dense(*t) : Tensor(); }
+  // Any strides outside, unit stride in the last dimension.
+  Tensor rows(const Tensor& t) const {
+    const Tensor wide = t.to(compute_);
+    return wide.size(-1) > 1 && wide.stride(-1) != 1 ? wide.contiguous() : wide;
+  }
+  template <typename T>
+  static const T* data(const Tensor& t) {
+    return t.defined() ? t.const_data_ptr<T>() : nullptr;
+  }
+  template <typename T>
+  static Rows<const T> view(const Tensor& t) {
+    if (!t.defined()) return {nullptr, 0, 0};
+    return {t.const_data_ptr<T>(), t.dim() == 3 ? t.stride(0) : 0, t.stride(-2)};
+  }
+
+  template <typename T>
+  SequenceParams<T> params(bool backward) const {
+    SequenceParams<T> p{};
+    p.size = size_;
+    p.plan = make_plan(size_, cell_, at::in_parallel_region() ? 1 : at::get_num_threads(), backward);
+    p.reverse = reverse_;
+    p.is_packed = is_packed_;
+    p.parallel_for = [](int64_t n, int threads, void* context, void (*body)(void*, int64_t, int64_t)) {
+      at::parallel_for(0, n, (n + threads - 1) / threads,
+                       [&](int64_t begin, int64_t end) { body(context, begin, end); });
+    };
+    p.active = active_.data();
+    p.first_row = first_row_.data();
+    p.order = order_.empty() ? nullptr : order_.data();
+    p.resets = resets_.defined() ? resets_.const_data_ptr<bool>() : nullptr;
+    p.input = view<T>(input_);
+    p.h0 = data<T>(h0_), p.c0 = data<T>(c0_);
+    p.w_ih = data<T>(weight_ih_), p.w_hh = data<T>(weight_hh_);
+    p.b_ih = data<T>(bias_ih_), p.b_hh = data<T>(bias_hh_), p.w_hr = data<T>(weight_hr_);
+    return p;
+  }
+
+  template <typename T>
+  static void set_saved(SequenceParams<T>& p, const Tensor& gates, const Tensor& cells, const Tensor& hidden) {
+    const auto saved = [](const Tensor& t) { return t.numel() ? static_cast<T*>(t.data_ptr()) : nullptr; };
+    p.gates = saved(gates), p.cells = saved(cells), p.hidden = saved(hidden);
+  }
+
+  template <typename T, typename Size, typename Run>
+  void run_driver(SequenceParams<T>& p, Size scratch_size, Run run) const {
+    const Tensor scratch = at::empty({scratch_size(p)}, input_.options().dtype(compute_));
+    p.scratch = scratch.mutable_data_ptr<T>();
+    run(p);
+  }
+
+  template <typename Run>
+  void dispatch(const Run& run) const {
+    if (compute_ == at::kDouble)
+      run(double{}, drivers().f64[index_]);
+    else
+      run(float{}, drivers().f32[index_]);
+  }
+
+  const CellInfo& cell_;
+  const int index_;
+  const bool reverse_;
+  bool is_packed_ = false;
+  Sizes size_{};
+  at::ScalarType dtype_, compute_;
+  std::vector<int64_t> outer_;
+  std::vector<Dim> outer_dims_;
+  Tensor batch_sizes_, lengths_, resets_;
+  Tensor input_, h0_, c0_, weight_ih_, weight_hh_, bias_ih_, bias_hh_, weight_hr_;
+  std::vector<int64_t> active_, first_row_, order_;
+};
+
+// ---- dispatcher ----
+
+using ForwardOp = SavingOutputs(RNNFAST_ARGUMENTS);
+using BackwardOp = Gradients(const MaybeTensor& grad_output, const MaybeTensor& grad_h_n, const MaybeTensor& grad_c_n,
+                             RNNFAST_ARGUMENTS, const Tensor& gates, const Tensor& cells, const Tensor& hidden,
+                             std::array<bool, kNumGradients> needs);
+using CellOp = Outputs(RNNFAST_ARGUMENTS);
+
+// The operators of one cell, looked up once.
+struct Operators {
+  c10::TypedOperatorHandle<CellOp> cell;
+  c10::TypedOperatorHandle<ForwardOp> forward;
+  c10::TypedOperatorHandle<BackwardOp> backward;
+
+  static const Operators& of(int64_t index) {
+    static const std::vector<Operators> all = [] {
+      std::vector<Operators> list;
+      const DriverTable& table = drivers();
+      for (int i = 0; i < table.num_cells; ++i) {
+        const std::string name = table.cells[i].name;
+        const auto find = [](const std::string& op) {
+          return c10::Dispatcher::singleton().findSchemaOrThrow(("rnnfast::" + op).c_str(), "");
+        };
+        list.push_back({find(name).typed<CellOp>(), find("_" + name + "_forward").typed<ForwardOp>(),
+                        find("_" + name + "_backward").typed<BackwardOp>()});
+      }
+      return list;
+    }();
+    return all[index];
+  }
+};
+
+class Autograd : public torch::autograd::Function<Autograd> {
+ public:
+  static variable_list forward(torch::autograd::AutogradContext* ctx, int64_t index, RNNFAST_ARGUMENTS) {
+    const auto [output, h_n, c_n, gates, cells, hidden] = [&] {
+      at::AutoDispatchBelowADInplaceOrView below;
+      return Operators::of(index).forward.call(RNNFAST_PASS);
+    }();
+    const auto maybe = [](const MaybeTensor& t) { return has(t) ? *t : Tensor(); };
+    ctx->save_for_backward({input, maybe(h0), maybe(c0), weight_ih, weight_hh, maybe(bias_ih), maybe(bias_hh),
+                            maybe(weight_hr), maybe(batch_sizes), maybe(lengths), maybe(resets), gates, cells, hidden});
+    ctx->saved_data["index"] = index;
+    ctx->saved_data["reverse"] = reverse;
+    ctx->set_materialize_grads(false);
+    if (!drivers().cells[index].has_cell) ctx->mark_non_differentiable({c_n});
+    return {output, h_n, c_n};
+  }
+
+  static variable_list backward(torch::autograd::AutogradContext* ctx, variable_list grad) {
+    const variable_list saved = ctx->get_saved_variables();
+    const auto maybe = [](const Tensor& t) { return t.defined() ? MaybeTensor(t) : std::nullopt; };
+    // Only tensors that were given have an edge; edges are numbered in argument order.
+    std::array<bool, kNumGradients> needs{};
+    size_t edge = 0;
+    for (int i = 0; i < kNumGradients; ++i)
+      if (saved[i].defined()) needs[i] = ctx->needs_input_grad(edge++);
+    variable_list result(1 + kNumGradients + 4);  // index, then the arguments
+    if (!grad[0].defined() && !grad[1].defined() && !grad[2].defined()) return result;
+    const auto call = [&] {
+      return Operators::of(ctx->saved_data["index"].toInt())
+          .backward.call(maybe(grad[0]), maybe(grad[1]), maybe(grad[2]), saved[0], maybe(saved[1]), maybe(saved[2]),
+                         saved[3], saved[4], maybe(saved[5]), maybe(saved[6]), maybe(saved[7]), maybe(saved[8]),
+                         maybe(saved[9]), maybe(saved[10]), ctx->saved_data["reverse"].toBool(), saved[11], saved[12],
+                         saved[13], needs);
+    };
+    // With create_graph the call is itself differentiable (ops.py); else autograd is skipped.
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below;
+    if (!at::GradMode::is_enabled()) below.emplace();
+    const Gradients gradients = call();
+    std::apply(
+        [&](const auto&... g) {
+          int i = 0;
+          ((result[1 + i] = needs[i] ? g : Tensor(), ++i), ...);
+        },
+        gradients);
+    return result;
+  }
+};
+
+bool requires_grad(const MaybeTensor& t) {
+  return has(t) && t->requires_grad();
+}
+
+Outputs autograd_cell(int64_t index, RNNFAST_ARGUMENTS) {
+  if (at::GradMode::is_enabled() &&
+      (input.requires_grad() || requires_grad(h0) || requires_grad(c0) || weight_ih.requires_grad() ||
+       weight_hh.requires_grad() || requires_grad(bias_ih) || requires_grad(bias_hh) || requires_grad(weight_hr))) {
+    const variable_list out = Autograd::apply(index, RNNFAST_PASS);
+    return {out[0], out[1], out[2]};
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return Operators::of(index).cell.call(RNNFAST_PASS);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(rnnfast, m) {
+  const DriverTable& table = drivers();
+  for (int i = 0; i < table.num_cells; ++i) {
+    const std::string name = table.cells[i].name, arguments = kSchemaArguments;
+    const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+    m.def((name + "(" + arguments + ") -> (Tensor output, Tensor h_n, Tensor c_n)").c_str(), tags);
+    m.def(("_" + name + "_forward(" + arguments +
+           ") -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, Tensor hidden)")
+              .c_str(),
+          tags);
+    std::string required = arguments;  // in front of the last arguments none may have a default
+    for (const char* value : {"=None", "=False"})
+      for (size_t at; (at = required.find(value)) != std::string::npos;) required.erase(at, std::string(value).size());
+    m.def(("_" + name + "_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, " + required +
+           ", Tensor gates, Tensor cells, Tensor hidden, bool[8] needs) -> (Tensor grad_input, Tensor grad_h0, "
+           "Tensor grad_c0, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, Tensor grad_bias_hh, "
+           "Tensor grad_weight_hr)")
+              .c_str(),
+          tags);
+  }
+}
+
+TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
+  const DriverTable& table = drivers();
+  for (int i = 0; i < table.num_cells; ++i) {
+    const std::string name = table.cells[i].name;
+    m.impl(name.c_str(), [i](RNNFAST_ARGUMENTS) {
+      const auto out = Call(i, RNNFAST_PASS).forward(false);
+      return Outputs(std::get<0>(out), std::get<1>(out), std::get<2>(out));
+    });
+    m.impl(("_" + name + "_forward").c_str(), [i](RNNFAST_ARGUMENTS) { return Call(i, RNNFAST_PASS).forward(true); });
+    m.impl(
+        ("_" + name + "_backward").c_str(),
+        [i](const MaybeTensor& grad_output, const MaybeTensor& grad_h_n, const MaybeTensor& grad_c_n, RNNFAST_ARGUMENTS,
+            const Tensor& gates, const Tensor& cells, const Tensor& hidden, std::array<bool, kNumGradients> needs) {
+          return Call(i, RNNFAST_PASS).backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs);
+        });
+  }
+}
+
+TORCH_LIBRARY_IMPL(rnnfast, Autograd, m) {
+  const DriverTable& table = drivers();
+  for (int64_t i = 0; i < table.num_cells; ++i)
+    m.impl(table.cells[i].name, [i](RNNFAST_ARGUMENTS) { return autograd_cell(i, RNNFAST_PASS); });
+}
+
+}  // namespace rnnfast

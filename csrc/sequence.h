@@ -1,0 +1,127 @@
+// What crosses from the operators (ops.cpp) to the drivers: sizes, pointers and the plan, as plain data.
+// No torch here. Drivers trust every size and pointer: ops.cpp has checked them.
+//
+// The letters, used everywhere:
+//   T steps, N batch, I input size, H hidden size, P size of h (the projection's size, else H), G gates.
+//   Last dimension fastest. `d` before a name is the gradient of that thing.
+//   j numbers the sequences of the batch in the driver's order: longest first. `row` numbers (step, j) pairs so that
+//   the active rows of one step lie together and steps follow in time order; R is the number of rows.
+// Unit layout: state-sized rows are padded to whole blocks of kBlock units, and what is kept of a row's gates is
+//   [blocks][slots][kBlock]. It does not depend on the instruction set, so a backward may run on another than its
+//   forward.
+#pragma once
+
+#include <cstdint>
+
+namespace rnnfast {
+
+// Units in a block: one 64-byte vector of the accumulation type.
+template <typename T>
+constexpr int64_t kBlock = 64 / sizeof(T);
+
+struct CellInfo {
+  const char* name;
+  const char* source;
+  int gates, slots;
+  bool has_cell;      // a second state, c
+  bool saves_hidden;  // backward needs a copy of h
+};
+
+// Memory outside the driver whose row for sequence n at step t is data + t * step + n * row, unit stride inside.
+// For packed input `step` is unused: rows follow each other.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t step, row;
+};
+
+// Splits [0, n) over at most `threads` workers and calls body(context, begin, end) on each; returns when all are done.
+using ParallelFor = void (*)(int64_t n, int threads, void* context, void (*body)(void*, int64_t, int64_t));
+
+// A call with at most so many rows reads its weights in place: it would not repay rearranging them.
+constexpr int64_t kInPlaceRows = 8;
+static_assert(kInPlaceRows <= kBlock<float> && kInPlaceRows <= kBlock<double>,
+              "a block of row pointers must hold them");
+
+enum class Schedule {
+  kOneThread,
+  kBatch,  // each thread takes a part of the batch through all steps
+  kUnits,  // each thread takes a part of the hidden units, and they meet after each step
+};
+
+// How one call will run. Made by make_plan (cpu/dispatch.cpp), reported by _C.explain.
+struct Plan {
+  Schedule schedule;
+  int threads;
+  bool packed;          // weights rearranged into panels; else read in place (at most kInPlaceRows rows)
+  int64_t chunk_steps;  // steps whose input product (backward: weight gradients) is done together
+};
+
+struct Sizes {
+  int64_t T, N, I, H, P;
+  int64_t R;  // rows
+};
+
+// Pointers to arrays of T are null where the thing does not exist or is not wanted.
+template <typename T>
+struct SequenceParams {
+  Sizes size;
+  Plan plan;
+  bool reverse;    // time runs backwards
+  bool training;   // forward keeps gates, cells, hidden
+  bool is_packed;  // input and output are [R, ...], see Rows
+  ParallelFor parallel_for;
+
+  const int64_t* active;     // [T] sequences that have a step t; never rising with t
+  const int64_t* first_row;  // [T] sum of active before t
+  const int64_t* order;      // [N] position in the batch of the j-th longest, or null for j itself
+  const bool* resets;        // [T, N] state is zero before the step, or null
+
+  Rows<const T> input;                 // [T, N, I]
+  const T *h0, *c0;                    // [N, P], [N, H]
+  const T *w_ih, *w_hh, *b_ih, *b_hh;  // [G*H, I], [G*H, P], [G*H], [G*H]
+  const T* w_hr;                       // [P, H]
+
+  Rows<T> output;  // [T, N, P], = ; forward only
+  T *h_n, *c_n;    // [N, P], [N, H], =
+  T* gates;        // [R, blocks(H), slots, kBlock], kept for backward
+  T* cells;        // [R, blocks(H) * kBlock], kept for backward by cells with c
+  T* hidden;       // [R, blocks(P) * kBlock], kept for backward where saves_hidden or projected
+
+  // backward; each gradient is written with =, none is read
+  Rows<const T> doutput;                     // [T, N, P]
+  const T *dh_n, *dc_n;                      // [N, P], [N, H]
+  Rows<T> dinput;                            // [T, N, I]
+  T *dh0, *dc0;                              // [N, P], [N, H]
+  T *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;  // as the weights
+
+  T* scratch;  // Driver::forward_scratch or backward_scratch elements, owned by the caller for the call
+};
+
+// One cell on one instruction set.
+template <typename T>
+struct Driver {
+  int64_t (*forward_scratch)(const SequenceParams<T>&);
+  int64_t (*backward_scratch)(const SequenceParams<T>&);
+  void (*forward)(const SequenceParams<T>&);
+  void (*backward)(const SequenceParams<T>&);
+};
+
+constexpr int kMaxCells = 32;
+
+// Everything compiled for one instruction set; cell i of one is cell i of all.
+struct DriverTable {
+  const char* isa;
+  int num_cells;
+  CellInfo cells[kMaxCells];
+  Driver<float> f32[kMaxCells];
+  Driver<double> f64[kMaxCells];
+};
+
+// cpu/dispatch.cpp: the table of the instruction set in force.
+const DriverTable& drivers();
+const char* const* supported_isas();  // best first, ends with null
+bool set_isa(const char* name);       // false: unknown, or not of this machine
+Plan make_plan(const Sizes&, const CellInfo&, int threads, bool backward);
+
+}  // namespace rnnfast

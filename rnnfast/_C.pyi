@@ -1,0 +1,31 @@
+"""The compiled part, ``csrc/bindings.cpp``: what torch's dispatcher cannot carry. Importing it registers the ops."""
+
+from typing import Any
+
+def cells() -> list[dict[str, Any]]:
+    """Describe every cell.
+
+    Each has ``name`` (of its op), ``num_gates``, ``num_states`` (1: h; 2: h and c), ``num_slots`` (numbers kept per
+    unit for the backward, states not counted), ``saves_hidden`` (whether h is kept besides), ``source`` of the formula.
+    """
+
+def build_info() -> dict[str, Any]:
+    """Describe the build: ``torch`` it was compiled for, ``compiler``, ``cuda`` (bool) and ``cuda_reason``."""
+
+def supported_isas() -> list[str]:
+    """The instruction sets this machine and this build have, best first: of ``avx512``, ``avx2``, ``baseline``."""
+
+def get_isa() -> str:
+    """The instruction set the kernels use."""
+
+def set_isa(name: str) -> None:
+    """Make the kernels use another instruction set from now on.
+
+    The environment variable ``RNNFAST_ISA`` does this at import. Raises ValueError for an unknown name or one that this
+    machine lacks.
+    """
+
+def explain(
+    cell: str, T: int, N: int, I: int, H: int, P: int, dtype: str, training: bool, threads: int
+) -> dict[str, Any]:
+    """What the kernel policy decides for one layer and direction: ``kernel``, ``isa``, ``reason``, ``threads`` ..."""

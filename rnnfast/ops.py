@@ -1,0 +1,363 @@
+"""The functions behind the layers: one cell, one layer, one direction, all time steps in one call.
+
+Typed wrappers of ``torch.ops.rnnfast.<cell>``; and, for torch's sake, what the compiled part leaves to Python: the fake
+kernels (shapes without data, for the meta device, torch.compile and torch.export) and the derivative of the backward
+ops, built on :mod:`rnnfast.reference`. The schemas, checks and first derivatives are in ``csrc/ops.cpp``.
+
+Letters: ``T`` steps, ``N`` batch, ``I`` input size, ``H`` hidden size, ``P`` projected size (``H`` without a
+projection), ``G`` gates (1 for the plain RNN, 3 for GRU, 4 for LSTM). Last dimension fastest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnfast import _C, reference
+
+__all__ = ["gru", "lstm", "rnn_relu", "rnn_tanh"]
+
+_CELLS: dict[str, dict[str, Any]] = {cell["name"]: cell for cell in _C.cells()}
+
+
+def lstm(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    weight_hr: Tensor | None = None,
+    *,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one LSTM layer in one direction. The formula and its source: :func:`rnnfast.reference.lstm`.
+
+    Args:
+        input: ``[T, N, I]``; with ``batch_sizes`` the rows of a packed batch, ``[rows, I]``; without, ``[N, I]`` is one
+            step.
+        h0: ``[N, P]``; None means zeros.
+        c0: ``[N, H]``; None means zeros.
+        weight_ih: ``[4*H, I]``, gates in the order i, f, g, o.
+        weight_hh: ``[4*H, P]``.
+        bias_ih: ``[4*H]``, or None together with ``bias_hh``.
+        bias_hh: ``[4*H]``.
+        weight_hr: ``[P, H]``, or None for no projection (``P = H``).
+        batch_sizes: int64 ``[T]`` on the CPU, not increasing, each at least 1, with the sum ``rows``.
+        lengths: int64 ``[N]`` on the CPU, each in ``0..T``, any order; padded input only. The output is zero past a
+            sequence's end, its final state that of its last real step, and the reverse direction starts there.
+        resets: bool ``[T, N]``, padded input only: where true no state crosses from step ``t - 1`` to ``t``, in either
+            direction.
+        reverse: walk time backwards; each output stays at its own step.
+
+    Returns:
+        output ``[T, N, P]`` (``[rows, P]`` or ``[N, P]`` for those kinds of input), h_n ``[N, P]`` and c_n ``[N, H]``.
+
+    Raises:
+        RuntimeError, ValueError, TypeError, IndexError: an argument of the wrong shape, dtype, device or range. The
+            message names it, what was expected and what came.
+    """
+    output, h_n, c_n = torch.ops.rnnfast.lstm.default(
+        input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, lengths, resets, reverse
+    )
+    return output, h_n, c_n
+
+
+def gru(
+    input: Tensor,
+    h0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Run one GRU layer in one direction. The formula and its source: :func:`rnnfast.reference.gru`.
+
+    ``weight_ih`` is ``[3*H, I]``, ``weight_hh`` ``[3*H, H]`` and each bias ``[3*H]``, gates in the order r, z, n. All
+    else, errors included, is as in :func:`lstm`.
+
+    Returns:
+        output ``[T, N, H]`` (``[rows, H]`` or ``[N, H]`` for those kinds of input) and h_n ``[N, H]``.
+    """
+    output, h_n, _ = torch.ops.rnnfast.gru.default(
+        input, h0, None, weight_ih, weight_hh, bias_ih, bias_hh, None, batch_sizes, lengths, resets, reverse
+    )
+    return output, h_n
+
+
+def rnn_tanh(
+    input: Tensor,
+    h0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Run one plain RNN layer with tanh in one direction. The formula: :func:`rnnfast.reference.rnn_tanh`.
+
+    ``weight_ih`` is ``[H, I]``, ``weight_hh`` ``[H, H]`` and each bias ``[H]``. All else, errors included, is as in
+    :func:`lstm`.
+
+    Returns:
+        output ``[T, N, H]`` (``[rows, H]`` or ``[N, H]`` for those kinds of input) and h_n ``[N, H]``.
+    """
+    output, h_n, _ = torch.ops.rnnfast.rnn_tanh.default(
+        input, h0, None, weight_ih, weight_hh, bias_ih, bias_hh, None, batch_sizes, lengths, resets, reverse
+    )
+    return output, h_n
+
+
+def rnn_relu(
+    input: Tensor,
+    h0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Run one plain RNN layer with a rectifier in one direction. The formula: :func:`rnnfast.reference.rnn_relu`.
+
+    Arguments, results and errors are those of :func:`rnn_tanh`.
+    """
+    output, h_n, _ = torch.ops.rnnfast.rnn_relu.default(
+        input, h0, None, weight_ih, weight_hh, bias_ih, bias_hh, None, batch_sizes, lengths, resets, reverse
+    )
+    return output, h_n
+
+
+# --- Fake kernels: the shapes and dtypes of what the ops return -------------------------------------------------------
+
+
+_PRIMALS = ("input", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+
+
+def _output_shapes(
+    cell: str,
+    input: Tensor,
+    h0: Tensor | None,
+    weight_hh: Tensor,
+    weight_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """The shapes of output, h_n and c_n. Sizes may be symbolic."""
+    hidden_size = weight_hh.shape[0] // _CELLS[cell]["num_gates"]
+    state_size = hidden_size if weight_hr is None else weight_hr.shape[0]
+    batch: Any
+    if batch_sizes is None:
+        batch = input.shape[-2]
+    elif h0 is not None:
+        batch = h0.shape[0]
+    else:
+        batch = batch_sizes[0].item()  # under tracing a size that only the data knows
+    c_n = [batch, hidden_size] if _CELLS[cell]["num_states"] == 2 else [0]
+    return [*input.shape[:-1], state_size], [batch, state_size], c_n
+
+
+def _saved_shapes(
+    cell: str, input: Tensor, weight_hh: Tensor, weight_hr: Tensor | None
+) -> tuple[torch.dtype, list[Any], list[Any], list[Any]]:
+    """The dtype, and the shapes of gates, cells and hidden: what the forward keeps for the backward.
+
+    Must say what ``csrc/ops.cpp`` allocates. Rows are the steps of all sequences; the units of a row are rounded up to
+    blocks of 64 bytes whatever the instruction set, so that the layout is one on all machines.
+    """
+    entry = _CELLS[cell]
+    accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
+    block = 64 // accumulate.itemsize
+    rows = input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[1]
+
+    def kept(units: int, slots: int) -> list[int]:
+        return [rows, (units + block - 1) // block * block * slots]
+
+    hidden_size, state_size = weight_hh.shape[0] // int(entry["num_gates"]), weight_hh.shape[1]
+    gates = kept(hidden_size, int(entry["num_slots"]))
+    cells = kept(hidden_size, 1) if entry["num_states"] == 2 else [0]
+    hidden = kept(state_size, 1) if entry["saves_hidden"] or weight_hr is not None else [0]
+    return accumulate, gates, cells, hidden
+
+
+def _register_fakes(cell: str) -> None:
+    def check(
+        primals: Sequence[Tensor | None],
+        batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        **others: Tensor | None,
+    ) -> None:
+        """Refuse a mixture of devices: one meta tensor brings the call here, whatever memory the others have."""
+        named = dict(zip(_PRIMALS, primals, strict=True)) | {"resets": resets} | others
+        device = next(tensor.device for tensor in primals if tensor is not None)
+        expected = {name: device for name in named} | {"batch_sizes": torch.device("cpu"), "lengths": torch.device("cpu")}
+        for name, tensor in (named | {"batch_sizes": batch_sizes, "lengths": lengths}).items():
+            if tensor is not None and tensor.device != expected[name]:
+                raise RuntimeError(
+                    f"rnnfast::{cell}: {name}: expected a tensor on {expected[name]}, got one on {tensor.device}"
+                )
+
+    def forward(
+        input: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias_ih: Tensor | None,
+        bias_hh: Tensor | None,
+        weight_hr: Tensor | None,
+        batch_sizes: Tensor | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reverse: bool = False,
+    ) -> tuple[Tensor, ...]:
+        primals = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+        check(primals, batch_sizes, lengths, resets)
+        shapes = _output_shapes(cell, input, h0, weight_hh, weight_hr, batch_sizes)
+        return tuple(input.new_empty(shape) for shape in shapes)
+
+    def forward_and_save(
+        input: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias_ih: Tensor | None,
+        bias_hh: Tensor | None,
+        weight_hr: Tensor | None,
+        batch_sizes: Tensor | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reverse: bool = False,
+    ) -> tuple[Tensor, ...]:
+        primals = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+        check(primals, batch_sizes, lengths, resets)
+        shapes = _output_shapes(cell, input, h0, weight_hh, weight_hr, batch_sizes)
+        dtype, *saved = _saved_shapes(cell, input, weight_hh, weight_hr)
+        return (
+            *(input.new_empty(shape) for shape in shapes),
+            *(input.new_empty(shape, dtype=dtype) for shape in saved),
+        )
+
+    def backward(
+        grad_output: Tensor | None,
+        grad_h_n: Tensor | None,
+        grad_c_n: Tensor | None,
+        input: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias_ih: Tensor | None,
+        bias_hh: Tensor | None,
+        weight_hr: Tensor | None,
+        batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        reverse: bool,
+        gates: Tensor,
+        cells: Tensor,
+        hidden: Tensor,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor, ...]:
+        primals = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+        grads = {"grad_output": grad_output, "grad_h_n": grad_h_n, "grad_c_n": grad_c_n}
+        check(primals, batch_sizes, lengths, resets, **grads, gates=gates, cells=cells, hidden=hidden)
+        return tuple(
+            input.new_empty(primal.shape if needed and primal is not None else [0])
+            for primal, needed in zip(primals, needs, strict=True)
+        )
+
+    torch.library.register_fake(f"rnnfast::{cell}", forward)
+    torch.library.register_fake(f"rnnfast::_{cell}_forward", forward_and_save)
+    torch.library.register_fake(f"rnnfast::_{cell}_backward", backward)
+
+
+# --- The derivative of the backward ops, by running the reference again -----------------------------------------------
+
+
+def _alias(tensor: Tensor | None) -> Tensor | None:
+    """A stand-in to differentiate with respect to, that shares no history with any other argument.
+
+    It stays connected to ``tensor`` where that requires a gradient, for derivatives of higher order still. Without it,
+    arguments that depend on one another (``h0`` made from ``input``; one weight in two places) would be counted twice.
+    """
+    if tensor is None:
+        return None
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+def _register_double_backward(cell: str) -> None:
+    scan = getattr(reference, cell)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        # grad_output, grad_h_n, grad_c_n; the eight differentiable arguments; batch_sizes, lengths, resets.
+        ctx.save_for_backward(*inputs[:14])
+        ctx.reverse, ctx.needs = inputs[14], inputs[18]
+
+    def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        create_graph = torch.is_grad_enabled()
+        saved = ctx.saved_tensors
+        with torch.enable_grad():
+            grads = [_alias(tensor) for tensor in saved[:3]]
+            primals = [_alias(tensor) for tensor in saved[3:11]]
+            outputs = scan(*primals, *saved[11:14], ctx.reverse)
+            used = [(o, grad) for o, grad in zip(outputs, grads, strict=True) if grad is not None and o.requires_grad]
+            wanted = [
+                (primal, grad_grad)
+                for primal, grad_grad, needed in zip(primals, grad_grads, ctx.needs, strict=True)
+                if needed and primal is not None and grad_grad is not None
+            ]
+            firsts = torch.autograd.grad(
+                [output for output, _ in used],
+                [primal for primal, _ in wanted],
+                [grad for _, grad in used],
+                create_graph=True,
+                allow_unused=True,
+            )
+        pairs = [
+            (first, grad_grad)
+            for first, (_, grad_grad) in zip(firsts, wanted, strict=True)
+            if first is not None and first.requires_grad
+        ]
+        sources = [(i, source) for i, source in enumerate([*grads, *primals]) if source is not None]
+        targets = [(i, source) for i, source in sources if ctx.needs_input_grad[i]]
+        result: list[Tensor | None] = [None] * 19
+        if pairs and targets:
+            seconds = torch.autograd.grad(
+                [first for first, _ in pairs],
+                [source for _, source in targets],
+                [grad_grad for _, grad_grad in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+            for (i, _), second in zip(targets, seconds, strict=True):
+                result[i] = second
+        return tuple(result)
+
+    torch.library.register_autograd(f"rnnfast::_{cell}_backward", backward, setup_context=setup_context)
+
+
+for _cell in _CELLS:
+    _register_fakes(_cell)
+    _register_double_backward(_cell)
+del _cell

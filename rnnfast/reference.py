@@ -1,0 +1,195 @@
+"""Every cell and the one scan over time, in plain differentiable PyTorch.
+
+This is the oracle of the tests and the backward of the backward. It is written to be read, not to be fast. Each cell
+is one function below: the formula of a single step, in torch's gate order. ``@_cell`` turns it into a callable with
+the signature of the op of the same name (see :class:`Cell`) and enters it in :data:`CELLS`.
+
+Letters: ``T`` steps, ``N`` batch, ``I`` input size, ``H`` hidden size, ``P`` projected size (``H`` without a
+projection), ``G`` gates. Last dimension fastest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["CELLS", "Cell", "gru", "lstm", "rnn_relu", "rnn_tanh"]
+
+Formula = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A recurrent cell scanned over time by plain PyTorch operations.
+
+    ``cell(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)`` runs one layer in one direction, as
+    ``torch.ops.rnnfast.<name>`` does, and may be differentiated any number of times in any floating dtype.
+
+    Attributes:
+        name: the op's name.
+        num_gates: ``G``.
+        num_states: 1 (``h``) or 2 (``h`` and ``c``).
+        formula: one step: input gates and recurrent gates, both ``[N, G*H]``, then the old states, to the new states.
+    """
+
+    name: str
+    num_gates: int
+    num_states: int
+    formula: Formula
+
+    def __call__(
+        self,
+        input: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias_ih: Tensor | None = None,
+        bias_hh: Tensor | None = None,
+        weight_hr: Tensor | None = None,
+        batch_sizes: Tensor | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reverse: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scan the cell over the sequence.
+
+        Args:
+            input: ``[T, N, I]``; ``[rows, I]`` with ``batch_sizes``; ``[N, I]`` (one step) without.
+            h0: ``[N, P]``, or None for zeros.
+            c0: ``[N, H]``, or None for zeros; only for a cell with two states.
+            weight_ih: ``[G*H, I]``.
+            weight_hh: ``[G*H, P]``.
+            bias_ih: ``[G*H]`` or None.
+            bias_hh: ``[G*H]`` or None.
+            weight_hr: ``[P, H]``, the projection, or None.
+            batch_sizes: int64 ``[T]``, those of a PackedSequence: non-increasing, ``N`` the first.
+            lengths: int64 ``[N]``, each 0..T, in any order. Steps past the end are not read: the output is zero there,
+                and the final state is that of the last real step (the initial state for length 0).
+            resets: bool ``[T, N]``. Where true there is a boundary between ``t - 1`` and ``t``: no state crosses it,
+                in either direction. Boundaries in the padding mean nothing.
+            reverse: walk time backwards; every output stays at its own step.
+
+        Returns:
+            output ``[T, N, P]`` (``[rows, P]``, ``[N, P]``), ``h_n`` ``[N, P]``, ``c_n`` ``[N, H]`` (``[0]`` for a cell
+            with one state).
+        """
+        rows = None
+        single_step = batch_sizes is None and input.dim() == 2
+        if batch_sizes is not None:  # a packed batch is a padded one whose rows past the lengths were left out
+            sizes = batch_sizes.to(input.device)
+            present = torch.arange(int(batch_sizes[0]), device=input.device) < sizes[:, None]  # [T, N]
+            lengths, rows = present.sum(0), present.flatten().nonzero().squeeze(1)
+            padded = input.new_zeros(present.numel(), input.shape[1]).index_copy(0, rows, input)
+            input = padded.view(*present.shape, input.shape[1])
+        elif single_step:
+            input = input.unsqueeze(0)
+        steps, batch = input.shape[:2]
+
+        real = None
+        if lengths is not None:
+            real = (torch.arange(steps, device=input.device)[:, None] < lengths.to(input.device)).unsqueeze(-1)
+            input = input.masked_fill(~real, 0.0)
+        if resets is not None:
+            resets = resets.unsqueeze(-1)
+            if reverse:  # the boundary before step t + 1 is met on the way from t + 1 to t
+                inner = resets if real is None else resets & real
+                resets = torch.cat([inner[1:], torch.zeros_like(inner[:1])])
+
+        hidden_size, state_size = weight_hh.shape[0] // self.num_gates, weight_hh.shape[1]
+        h = input.new_zeros(batch, state_size) if h0 is None else h0
+        c = input.new_zeros(batch, hidden_size) if c0 is None else c0
+        state: tuple[Tensor, ...] = (h, c)[: self.num_states]
+
+        gates_x = F.linear(input, weight_ih, bias_ih)  # [T, N, G*H], one product over all steps
+        outputs = [h] * steps
+        for t in reversed(range(steps)) if reverse else range(steps):
+            old = state if resets is None else tuple(s.masked_fill(resets[t], 0.0) for s in state)
+            new = self.formula(gates_x[t], F.linear(old[0], weight_hh, bias_hh), *old)
+            if weight_hr is not None:
+                new = (F.linear(new[0], weight_hr), *new[1:])
+            state = new if real is None else tuple(torch.where(real[t], n, s) for n, s in zip(new, state, strict=True))
+            outputs[t] = state[0]
+
+        output = torch.stack(outputs)
+        if real is not None:
+            output = output.masked_fill(~real, 0.0)
+        if rows is not None:
+            output = output.flatten(0, 1).index_select(0, rows)
+        elif single_step:
+            output = output.squeeze(0)
+        return output, state[0], state[1] if self.num_states == 2 else input.new_empty(0)
+
+
+CELLS: dict[str, Cell] = {}
+"""Every cell by the name of its op."""
+
+
+def _cell(num_gates: int, num_states: int) -> Callable[[Formula], Cell]:
+    def register(formula: Formula) -> Cell:
+        name = formula.__name__
+        CELLS[name] = Cell(name, num_gates, num_states, formula)
+        return CELLS[name]
+
+    return register
+
+
+def _gates(gates: Tensor, count: int) -> Sequence[Tensor]:
+    """The ``G`` gates of ``[N, G*H]``, each ``[N, H]``."""
+    return gates.chunk(count, dim=-1)
+
+
+# x is W_ih x_t + b_ih and u is W_hh h_{t-1} + b_hh, both [N, G*H]; h is h_{t-1} and c is c_{t-1}.
+
+
+@_cell(num_gates=1, num_states=1)
+def rnn_tanh(x: Tensor, u: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+    """Elman, "Finding structure in time", Cognitive Science 14 (1990), with tanh.
+
+    h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
+    """
+    return ((x + u).tanh(),)
+
+
+@_cell(num_gates=1, num_states=1)
+def rnn_relu(x: Tensor, u: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+    """Elman's network with a rectifier; as in Le, Jaitly and Hinton, arXiv:1504.00941 (2015).
+
+    h_t = max(0, W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
+    """
+    return ((x + u).relu(),)
+
+
+@_cell(num_gates=3, num_states=1)
+def gru(x: Tensor, u: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+    """Cho et al., arXiv:1406.1078 (2014); the variant of cuDNN and torch: the reset gate is applied after the product.
+
+    r_t = sigmoid(x_r + u_r)
+    z_t = sigmoid(x_z + u_z)
+    n_t = tanh(x_n + r_t * u_n)
+    h_t = (1 - z_t) * n_t + z_t * h_{t-1}
+    """
+    x_r, x_z, x_n = _gates(x, 3)
+    u_r, u_z, u_n = _gates(u, 3)
+    r = (x_r + u_r).sigmoid()
+    z = (x_z + u_z).sigmoid()
+    n = (x_n + r * u_n).tanh()
+    return ((1 - z) * n + z * h,)
+
+
+@_cell(num_gates=4, num_states=2)
+def lstm(x: Tensor, u: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    """Hochreiter and Schmidhuber (1997) with the forget gate of Gers, Schmidhuber and Cummins (2000), no peepholes.
+
+    i_t, f_t, o_t = sigmoid(x_i + u_i), sigmoid(x_f + u_f), sigmoid(x_o + u_o)
+    g_t = tanh(x_g + u_g)
+    c_t = f_t * c_{t-1} + i_t * g_t
+    h_t = o_t * tanh(c_t), projected to W_hr h_t where there is a projection (Sak et al., arXiv:1402.1128)
+    """
+    i, f, g, o = _gates(x + u, 4)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
