@@ -32,6 +32,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
   using Base::ld_h;
   using Base::ld_p;
   using Base::load_state;
+  using Base::load_units;
   using Base::N;
   using Base::nothing;
   using Base::outside;
@@ -136,23 +137,25 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
     return s.dgates + (row(t, j) - p.first_row[t0]) * gate_row;
   }
 
-  // dh += doutput, and for a projected cell dh_raw = dh W_hr.
-  void backward_output(const Scratch& s, int64_t t0, int64_t t, int64_t j0, int64_t j1) const {
-    const int64_t last = min(j1, p.active[t]);
-    if (p.doutput.data)
-      for (int64_t j = j0; j < last; ++j) {
+  // For a projected cell: dh += doutput, kept for dW_hr; then dh_raw = dh W_hr, panels [panel0, panel1).
+  void add_output(const Scratch& s, int64_t t0, int64_t t, int64_t j0, int64_t j1) const {
+    for (int64_t j = j0; j < min(j1, p.active[t]); ++j) {
+      T* dh = s.dh + j * ld_p;
+      if (p.doutput.data) {
         const T* dy = outside(p.doutput, t, j);
-        T* dh = s.dh + j * ld_p;
         for (int64_t u = 0; u < P; ++u) dh[u] += dy[u];
       }
-    if (!projected) return;
+      copy(s.dprojected + (row(t, j) - p.first_row[t0]) * ld_p, dh, ld_p);
+    }
+  }
+  void backward_projection(const Scratch& s, int64_t t, int64_t j0, int64_t j1, int64_t panel0, int64_t panel1) const {
+    const int64_t last = min(j1, p.active[t]);
     for (int64_t j = j0; j < last; j += kRowBatch) {
       const int64_t n = min(kRowBatch, last - j);
       const T* a[kRowBatch];
       T* c[kRowBatch];
       for (int64_t i = 0; i < n; ++i) a[i] = s.dh + (j + i) * ld_p, c[i] = s.dh_raw + (j + i) * ld_h;
-      packed_product(n, P, s.w_hr, H, RowOperands<T>{a, nullptr, c, 0, 0});
-      copy(s.dprojected + (row(t, j) - p.first_row[t0]) * ld_p, s.dh + j * ld_p, n * ld_p);
+      packed_product(n, P, s.w_hr, H, panel0, panel1, RowOperands<T>{a, nullptr, c, 0, 0});
     }
   }
 
@@ -166,15 +169,17 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
       const T* c = Cell::kHasCell ? p.cells + row(t, j) * ld_h : nullptr;
       T* carried = s.dh + j * ld_p;
       const T* dh = projected ? s.dh_raw + j * ld_h : carried;
+      const T* dy = projected || !p.doutput.data ? nullptr : outside(p.doutput, t, j);
       T* dc = Cell::kHasCell ? s.dc + j * ld_h : nullptr;
       for (int64_t v = v0; v < v1; ++v) {
         const int64_t u = v * kLanes;
         V slot[kSlots];
 #pragma GCC unroll 8
         for (int i = 0; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
-        V dc_v = Cell::kHasCell ? load(dc + u) : V{}, dh_prev;
+        V dh_v = load(dh + u), dc_v = Cell::kHasCell ? load(dc + u) : V{}, dh_prev;
+        if (dy) dh_v += load_units(dy, u, H);
         Cell::backward(slot, Cell::kHidden == Hidden::kSaved ? load(h_prev + u) : V{},
-                       Cell::kHasCell ? load(c_prev + u) : V{}, Cell::kHasCell ? load(c + u) : V{}, load(dh + u), dc_v,
+                       Cell::kHasCell ? load(c_prev + u) : V{}, Cell::kHasCell ? load(c + u) : V{}, dh_v, dc_v,
                        dh_prev);
 #pragma GCC unroll 8
         for (int i = 0; i < kSlots; ++i) store(dgates + unit_offset(v, kSlots, i), slot[i]);
@@ -366,6 +371,22 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
     });
   }
 
+  // Steps [s0, s1) of sequences [j0, j1), last first. `divide` as in forward, over units or panels.
+  template <typename Divide>
+  void chunk_steps(const Scratch& s, int64_t s0, int64_t s1, int64_t j0, int64_t j1, Divide divide) const {
+    const int64_t t0 = p.reverse ? T_ - s1 : s0;
+    for (int64_t step = s1 - 1; step >= s0; --step) {
+      const int64_t t = time(step);
+      if (projected) {
+        add_output(s, t0, t, j0, j1);
+        divide(column_panels(H), [&](int64_t a, int64_t b) { backward_projection(s, t, j0, j1, a, b); });
+      }
+      divide(unit_vectors, [&](int64_t a, int64_t b) { backward_cells(s, t0, t, j0, j1, a, b); });
+      divide(column_panels(P), [&](int64_t a, int64_t b) { backward_hidden(s, t0, t, j0, j1, a, b); });
+      apply_resets(s.dh, s.dc, t, j0, j1);
+    }
+  }
+
   void run() const {
     const Scratch s(*this, p.scratch);
     const int threads = p.plan.threads;
@@ -393,25 +414,11 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
     for (int64_t s1 = T_; s1 > 0;) {
       const int64_t s0 = max(0, s1 - p.plan.chunk_steps);
       const int64_t t0 = p.reverse ? T_ - s1 : s0, t1 = p.reverse ? T_ - s0 : s1;
-      if (p.plan.schedule == Schedule::kUnits) {
-        for (int64_t step = s1 - 1; step >= s0; --step) {
-          const int64_t t = time(step);
-          backward_output(s, t0, t, 0, N);
-          parallel(unit_vectors, [&](int64_t a, int64_t b) { backward_cells(s, t0, t, 0, N, a, b); });
-          parallel(column_panels(P), [&](int64_t a, int64_t b) { backward_hidden(s, t0, t, 0, N, a, b); });
-          apply_resets(s.dh, s.dc, t, 0, N);
-        }
-      } else {
-        parallel_batch([&](int64_t j0, int64_t j1) {
-          for (int64_t step = s1 - 1; step >= s0; --step) {
-            const int64_t t = time(step);
-            backward_output(s, t0, t, j0, j1);
-            backward_cells(s, t0, t, j0, j1, 0, unit_vectors);
-            backward_hidden(s, t0, t, j0, j1, 0, column_panels(P));
-            apply_resets(s.dh, s.dc, t, j0, j1);
-          }
-        });
-      }
+      if (p.plan.schedule == Schedule::kUnits)
+        chunk_steps(s, s0, s1, 0, N, [this](int64_t n, auto body) { this->parallel(n, body); });
+      else
+        parallel_batch(
+            [&](int64_t j0, int64_t j1) { chunk_steps(s, s0, s1, j0, j1, [](int64_t n, auto body) { body(0, n); }); });
       const int64_t rows = p.first_row[t1 - 1] + p.active[t1 - 1] - p.first_row[t0];
       const auto each_worker = [&](int64_t n, auto body) {
         parallel(min(threads, n), [&](int64_t begin, int64_t end) {

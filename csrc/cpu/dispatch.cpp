@@ -80,6 +80,8 @@ Plan make_plan(const Sizes& size, const CellInfo& cell, int threads, bool backwa
   constexpr double kParallelWork = 1 << 17;
   // The same for one step of the recurrence, when threads must meet after each.
   constexpr double kParallelStep = 1 << 16;
+  // Recurrent weights, in elements, that stay in the second-level cache of one core.
+  constexpr double kOwnCache = 1 << 18;
   // Rows per chunk: the chunk's gates should stay in the second-level cache; backward wants long sums instead.
   constexpr int64_t kForwardRows = 128, kBackwardRows = 512;
 
@@ -91,9 +93,10 @@ Plan make_plan(const Sizes& size, const CellInfo& cell, int threads, bool backwa
   plan.threads = std::clamp(threads, 1, 256);
   if (work < kParallelWork) plan.threads = 1;
   if (plan.threads > 1) {
-    // Splitting the batch needs no meeting of threads, but every thread reads all weights; with few sequences a
-    // thread that reads only its own part of the weights is faster, if a step is long enough to pay for the meeting.
-    if (size.N < 4 * plan.threads && step_work >= kParallelStep * plan.threads)
+    // Splitting the batch needs no meeting of threads, but every thread reads all weights. Where those come from beyond
+    // the thread's own cache, or with few sequences to share them, it is faster to read only a part of the weights.
+    const bool reading_dominates = size.N < 4 * plan.threads || gate_rows * static_cast<double>(size.P) > kOwnCache;
+    if (reading_dominates && step_work >= kParallelStep * plan.threads)
       plan.schedule = Schedule::kUnits;
     else if (size.N > 1)
       plan.schedule = Schedule::kBatch;

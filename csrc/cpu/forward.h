@@ -41,6 +41,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
   using Base::projected;
   using Base::row;
   using Base::store_state;
+  using Base::store_units;
   using Base::T_;
   using Base::time;
   using Base::unit_offset;
@@ -51,7 +52,9 @@ struct SequenceForward : SequenceLayout<Cell, T> {
   struct Scratch {
     T *w_ih, *w_hh, *w_hr;  // panels
     T* bias;                // [gate_row]
-    T *h, *h_raw, *c;       // [N, ld_p], [N, ld_h], [N, ld_h]: state, and h of the step before projection and commit
+    T* h[2];                // [N, ld_p]; step s reads h[s % 2] and writes the other
+    T* c;                   // [N, ld_h]
+    T* h_raw;               // [N, ld_h] h before the projection
     T* gates;               // [chunk_steps * N, gate_row] when they are not kept
     int64_t size;
     Scratch(const SequenceForward& d, T* base) {
@@ -61,21 +64,26 @@ struct SequenceForward : SequenceLayout<Cell, T> {
       w_hh = arena.take(packed ? d.gate_panels * d.gate_panel_size(d.P) : 0);
       w_hr = arena.take(d.projected ? column_panels(d.P) * column_panel_size(d.H) : 0);
       bias = arena.take(d.gate_row);
-      h = arena.take(d.N * d.ld_p);
-      h_raw = arena.take(d.N * d.ld_h);
+      for (T*& one : h) one = arena.take(d.N * d.ld_p);
       c = arena.take(Cell::kHasCell ? d.N * d.ld_h : 0);
+      h_raw = arena.take(d.projected ? d.N * d.ld_h : 0);
       gates = arena.take(d.p.training ? 0 : d.p.plan.chunk_steps * d.N * d.gate_row);
       size = arena.used;
     }
   };
 
-  // The gates of (t, j) while the chunk that starts at time `chunk` is in work.
-  T* gates_of(const Scratch& s, int64_t chunk, int64_t t, int64_t j) const {
-    return p.training ? p.gates + row(t, j) * gate_row : s.gates + ((t - chunk) * N + j) * gate_row;
+  // A chunk of steps in the order of work, [s0, s1), and the times they cover, [t0, t1).
+  struct Chunk {
+    int64_t s0, s1, t0, t1;
+  };
+
+  // The gates of (t, j) while the chunk is in work.
+  T* gates_of(const Scratch& s, const Chunk& chunk, int64_t t, int64_t j) const {
+    return p.training ? p.gates + row(t, j) * gate_row : s.gates + ((t - chunk.t0) * N + j) * gate_row;
   }
 
-  // Pre-activations of panels [panel0, panel1) from the input and the biases, for steps [t0, t1), sequences [j0, j1).
-  void input_product(const Scratch& s, int64_t t0, int64_t t1, int64_t j0, int64_t j1, int64_t panel0,
+  // Pre-activations of panels [panel0, panel1) from the input and the biases, for the chunk's sequences [j0, j1).
+  void input_product(const Scratch& s, const Chunk& chunk, int64_t j0, int64_t j1, int64_t panel0,
                      int64_t panel1) const {
     const T *a[kRowBatch], *bias[kRowBatch];
     T* c[kRowBatch];
@@ -93,67 +101,103 @@ struct SequenceForward : SequenceLayout<Cell, T> {
                      });
       n = 0;
     };
-    for (int64_t t = t0; t < t1; ++t)
+    for (int64_t t = chunk.t0; t < chunk.t1; ++t)
       for (int64_t j = j0; j < min(j1, p.active[t]); ++j) {
         a[n] = outside(p.input, t, j);
-        c[n] = gates_of(s, t0, t, j);
+        c[n] = gates_of(s, chunk, t, j);
         if (++n == kRowBatch) flush();
       }
     flush();
   }
 
-  // One step of the panels [panel0, panel1): recurrent product and cell. Leaves the new h in h_raw, the new c in c.
-  void step_units(const Scratch& s, int64_t chunk, int64_t t, int64_t j0, int64_t j1, int64_t panel0,
+  // One step of panels [panel0, panel1) of the units: recurrent product, cell, and the new state to all its places.
+  void step_units(const Scratch& s, const Chunk& chunk, int64_t step, int64_t j0, int64_t j1, int64_t panel0,
                   int64_t panel1) const {
-    const int64_t last = min(j1, p.active[t]);
+    const int64_t t = time(step), last = min(j1, p.active[t]);
     for (int64_t j = j0; j < last; j += kRowBatch) {
       const int64_t n = min(kRowBatch, last - j);
       const T* a[kRowBatch];
       T* c[kRowBatch];
-      for (int64_t i = 0; i < n; ++i) a[i] = s.h + (j + i) * ld_p, c[i] = gates_of(s, chunk, t, j + i);
+      for (int64_t i = 0; i < n; ++i) a[i] = s.h[step % 2] + (j + i) * ld_p, c[i] = gates_of(s, chunk, t, j + i);
       for (int64_t panel = panel0; panel < panel1; ++panel)
         gate_product(n, P, p.w_hh, s.w_hh, Cell::kRecurrentGates, Cell::kRecurrent, panel,
                      RowOperands<T>{a, c, c, 0, 0}, [&](int64_t begin, int64_t end) {
-                       const int64_t v0 = panel * kPanelUnits;
-                       const int64_t v1 = min(v0 + kPanelUnits, unit_vectors);
-                       for (int64_t i = begin; i < end; ++i)
-                         for (int64_t v = v0; v < v1; ++v) step_cell(s, t, j + i, v, c[i]);
+                       const int64_t v0 = panel * kPanelUnits, v1 = min(v0 + kPanelUnits, unit_vectors);
+                       for (int64_t i = begin; i < end; ++i) step_cell(s, step, j + i, v0, v1, c[i]);
                      });
     }
   }
 
-  void step_cell(const Scratch& s, int64_t t, int64_t j, int64_t v, T* gates) const {
-    V slot[kSlots];
+  void step_cell(const Scratch& s, int64_t step, int64_t j, int64_t v0, int64_t v1, T* gates) const {
+    const int64_t t = time(step);
+    const T* h_prev = s.h[step % 2] + j * ld_p;
+    T* h_next = projected ? s.h_raw + j * ld_h : s.h[(step + 1) % 2] + j * ld_p;
+    T* output = projected ? nullptr : outside(p.output, t, j);
+    T* hidden = projected || !p.training || !p.hidden ? nullptr : p.hidden + row(t, j) * ld_p;
+    T* cell = Cell::kHasCell ? s.c + j * ld_h : nullptr;
+    for (int64_t v = v0; v < v1; ++v) {
+      const int64_t u = v * kLanes;
+      V slot[kSlots];
 #pragma GCC unroll 8
-    for (int i = 0; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
-    const V h_prev = Cell::kHidden == Hidden::kSaved ? load(s.h + j * ld_p + v * kLanes) : V{};
-    V h, c{};
-    Cell::forward(slot, h_prev, Cell::kHasCell ? load(s.c + j * ld_h + v * kLanes) : V{}, h, c);
-    store(s.h_raw + j * ld_h + v * kLanes, h);
-    if (Cell::kHasCell) store(s.c + j * ld_h + v * kLanes, c);
-    if (p.training) {
+      for (int i = 0; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
+      V h, c{};
+      Cell::forward(slot, Cell::kHidden == Hidden::kSaved ? load(h_prev + u) : V{},
+                    Cell::kHasCell ? load(cell + u) : V{}, h, c);
+      store(h_next + u, h);
+      if (output) store_units(output, u, H, h);
+      if (hidden) store(hidden + u, h);
+      if (Cell::kHasCell) store(cell + u, c);
+      if (!p.training) continue;
 #pragma GCC unroll 8
       for (int i = 0; i < kSlots; ++i) store(gates + unit_offset(v, kSlots, i), slot[i]);
-      if (Cell::kHasCell) store(p.cells + row(t, j) * ld_h + v * kLanes, c);
+      if (Cell::kHasCell) store(p.cells + row(t, j) * ld_h + u, c);
     }
   }
 
-  // Makes the step's h the state: projection, output, copy for backward.
-  void commit(const Scratch& s, int64_t t, int64_t j0, int64_t j1) const {
-    const int64_t last = min(j1, p.active[t]);
-    if (projected) {
-      for (int64_t j = j0; j < last; j += kRowBatch) {
-        const int64_t n = min(kRowBatch, last - j);
-        const T* a[kRowBatch];
-        T* c[kRowBatch];
-        for (int64_t i = 0; i < n; ++i) a[i] = s.h_raw + (j + i) * ld_h, c[i] = s.h + (j + i) * ld_p;
-        packed_product(n, H, s.w_hr, P, RowOperands<T>{a, nullptr, c, 0, 0});
-      }
-    } else if (j0 < last) {
-      copy(s.h + j0 * ld_p, s.h_raw + j0 * ld_h, (last - j0) * ld_h);
+  // The projection's part of a step, panels [panel0, panel1) of its columns.
+  void step_projection(const Scratch& s, int64_t step, int64_t j0, int64_t j1, int64_t panel0, int64_t panel1) const {
+    const int64_t t = time(step), last = min(j1, p.active[t]);
+    for (int64_t j = j0; j < last; j += kRowBatch) {
+      const int64_t n = min(kRowBatch, last - j);
+      const T* a[kRowBatch];
+      T* c[kRowBatch];
+      for (int64_t i = 0; i < n; ++i) a[i] = s.h_raw + (j + i) * ld_h, c[i] = s.h[(step + 1) % 2] + (j + i) * ld_p;
+      packed_product(n, H, s.w_hr, P, panel0, panel1, RowOperands<T>{a, nullptr, c, 0, 0});
     }
-    for (int64_t j = j0; j < last; ++j) copy(outside(p.output, t, j), s.h + j * ld_p, P);
-    if (p.training && p.hidden && j0 < last) copy(p.hidden + row(t, j0) * ld_p, s.h + j0 * ld_p, (last - j0) * ld_p);
+    const int64_t first = panel0 * kMaxPanel * kLanes, end = min(panel1 * kMaxPanel * kLanes, ld_p);
+    for (int64_t j = j0; j < last; ++j) {
+      const T* h = s.h[(step + 1) % 2] + j * ld_p;
+      copy(outside(p.output, t, j) + first, h + first, min(end, P) - first);
+      if (p.training) copy(p.hidden + row(t, j) * ld_p + first, h + first, end - first);
+    }
+  }
+
+  // The last state of each sequence: in the buffer that its last step wrote.
+  void store_last_state(const Scratch& s, int64_t j0, int64_t j1) const {
+    int64_t length = T_;
+    for (int64_t j = j0; j < j1; ++j) {
+      while (!p.reverse && length > 0 && p.active[length - 1] <= j) --length;
+      store_state(s.h[length % 2], P, p.h_n, j, j + 1);
+    }
+    if (Cell::kHasCell) store_state(s.c, H, p.c_n, j0, j1);
+  }
+
+  // All steps of sequences [j0, j1). `divide(n, body)` runs body(begin, end) over n panels, here or on several threads.
+  template <typename Divide>
+  void all_steps(const Scratch& s, int64_t j0, int64_t j1, Divide divide) const {
+    for (T* h : s.h) load_state(p.h0, P, h, j0, j1);
+    if (Cell::kHasCell) load_state(p.c0, H, s.c, j0, j1);
+    for (int64_t s0 = 0; s0 < T_; s0 += p.plan.chunk_steps) {
+      const int64_t s1 = min(s0 + p.plan.chunk_steps, T_);
+      const Chunk chunk = p.reverse ? Chunk{s0, s1, T_ - s1, T_ - s0} : Chunk{s0, s1, s0, s1};
+      divide(gate_panels, [&](int64_t a, int64_t b) { input_product(s, chunk, j0, j1, a, b); });
+      for (int64_t step = s0; step < s1; ++step) {
+        apply_resets(s.h[step % 2], s.c, time(step), j0, j1);
+        divide(gate_panels, [&](int64_t a, int64_t b) { step_units(s, chunk, step, j0, j1, a, b); });
+        if (projected) divide(column_panels(P), [&](int64_t a, int64_t b) { step_projection(s, step, j0, j1, a, b); });
+      }
+    }
+    store_last_state(s, j0, j1);
   }
 
   void run() const {
@@ -165,48 +209,10 @@ struct SequenceForward : SequenceLayout<Cell, T> {
     if (projected) pack_projection(p.w_hr, s.w_hr);
     pack_bias(s.bias);
 
-    const auto each_chunk = [&](auto body) {
-      for (int64_t s0 = 0; s0 < T_; s0 += p.plan.chunk_steps) {
-        const int64_t s1 = min(s0 + p.plan.chunk_steps, T_);
-        body(s0, s1, p.reverse ? T_ - s1 : s0, p.reverse ? T_ - s0 : s1);
-      }
-    };
-    const auto begin = [&](int64_t j0, int64_t j1) {
-      load_state(p.h0, P, s.h, j0, j1);
-      if (Cell::kHasCell) load_state(p.c0, H, s.c, j0, j1);
-    };
-    const auto end = [&](int64_t j0, int64_t j1) {
-      store_state(s.h, P, p.h_n, j0, j1);
-      if (Cell::kHasCell) store_state(s.c, H, p.c_n, j0, j1);
-    };
-
-    if (p.plan.schedule == Schedule::kUnits) {
-      begin(0, N);
-      each_chunk([&](int64_t s0, int64_t s1, int64_t t0, int64_t t1) {
-        parallel(gate_panels, [&](int64_t a, int64_t b) { input_product(s, t0, t1, 0, N, a, b); });
-        for (int64_t step = s0; step < s1; ++step) {
-          const int64_t t = time(step);
-          apply_resets(s.h, s.c, t, 0, N);
-          parallel(gate_panels, [&](int64_t a, int64_t b) { step_units(s, t0, t, 0, N, a, b); });
-          commit(s, t, 0, N);
-        }
-      });
-      end(0, N);
-      return;
-    }
-    parallel_batch([&](int64_t j0, int64_t j1) {
-      begin(j0, j1);
-      each_chunk([&](int64_t s0, int64_t s1, int64_t t0, int64_t t1) {
-        input_product(s, t0, t1, j0, j1, 0, gate_panels);
-        for (int64_t step = s0; step < s1; ++step) {
-          const int64_t t = time(step);
-          apply_resets(s.h, s.c, t, j0, j1);
-          step_units(s, t0, t, j0, j1, 0, gate_panels);
-          commit(s, t, j0, j1);
-        }
-      });
-      end(j0, j1);
-    });
+    if (p.plan.schedule == Schedule::kUnits)
+      all_steps(s, 0, N, [this](int64_t n, auto body) { this->parallel(n, body); });
+    else
+      parallel_batch([&](int64_t j0, int64_t j1) { all_steps(s, j0, j1, [](int64_t n, auto body) { body(0, n); }); });
   }
 };
 

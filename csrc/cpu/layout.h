@@ -198,23 +198,16 @@ struct SequenceLayout {
     zero(dst + have, width - have);
   }
 
-  // W [G*H, columns] for d = dgates W. A panel is read in place where plan.packed is off and all its columns exist;
-  // else it is a copy in which K runs over the padded units of each block, gate by gate.
-  bool in_place(int64_t columns, int64_t panel) const {
-    return !p.plan.packed && (panel * kMaxPanel + column_vectors(columns, panel)) * kLanes <= columns;
-  }
+  // Panels of W [G*H, columns] for d = dgates W: K runs over the padded units of each block, gate by gate.
   int64_t backward_panels_size(int64_t columns) const {
-    return (p.plan.packed ? column_panels(columns) : min(1, column_panels(columns))) * column_panel_size(gate_columns);
-  }
-  T* backward_panel(T* panels, int64_t panel) const {
-    return p.plan.packed ? panels + panel * column_panel_size(gate_columns) : panels;
+    return p.plan.packed ? column_panels(columns) * column_panel_size(gate_columns) : 0;
   }
   void pack_backward(const T* w, int64_t columns, const int* gate_of, T* panels) const {
+    if (!p.plan.packed) return;
     parallel(column_panels(columns), [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
-        if (in_place(columns, panel)) continue;
         const int nr = column_vectors(columns, panel);
-        T* dst = backward_panel(panels, panel);
+        T* dst = panels + panel * column_panel_size(gate_columns);
         for (int64_t block = 0; block < ld_h; block += kUnits)
           for (int q = 0; q < kGates; ++q)
             for (int64_t unit = block; unit < block + kUnits; ++unit, dst += nr * kLanes)
@@ -279,9 +272,10 @@ struct SequenceLayout {
   }
   static void nothing(int64_t, int64_t) {}
 
-  // C = A B over all panels of packed plain columns, rows of C padded.
-  void packed_product(int64_t rows, int64_t K, const T* panels, int64_t columns, const RowOperands<T>& io) const {
-    for (int64_t panel = 0; panel < column_panels(columns); ++panel) {
+  // C = A B over panels [panel0, panel1) of packed plain columns, rows of C padded.
+  void packed_product(int64_t rows, int64_t K, const T* panels, int64_t columns, int64_t panel0, int64_t panel1,
+                      const RowOperands<T>& io) const {
+    for (int64_t panel = panel0; panel < panel1; ++panel) {
       const int nr = column_vectors(columns, panel);
       column_panel(rows, columns, panel, true, io, [&](int64_t n, const RowOperands<T>& part) {
         panel_product(n, nr, Inner{1, K, 0, nr * kLanes}, panels + panel * column_panel_size(K), part, nothing);
@@ -289,33 +283,63 @@ struct SequenceLayout {
     }
   }
 
-  // C = C_in + dgates W over panels [panel0, panel1) of W's columns; rows of A start at their first slot.
-  void gradient_product(int64_t rows, const T* w, T* panels, const int* gate_of, int64_t columns, int64_t panel0,
+  // C = C_in + dgates W over panels [panel0, panel1) of W's columns; rows of A start at their first slot. Without
+  // packing c_in must be c_out or null.
+  void gradient_product(int64_t rows, const T* w, const T* panels, const int* gate_of, int64_t columns, int64_t panel0,
                         int64_t panel1, bool is_padded, const RowOperands<T>& io) const {
+    if (!p.plan.packed) {
+      const int64_t width = kMaxPanel * kLanes;
+      gradient_in_place(rows, w, gate_of, columns, panel0 * width, min(panel1 * width, columns), io);
+      return;
+    }
     for (int64_t panel = panel0; panel < panel1; ++panel) {
       const int nr = column_vectors(columns, panel);
-      column_panel(rows, columns, panel, is_padded, io, [&](int64_t n, RowOperands<T> part) {
-        if (!in_place(columns, panel)) {
-          const Inner all{ld_h / kUnits, kGates * kUnits, kSlots * kUnits, nr * kLanes};
-          panel_product(n, nr, all, backward_panel(panels, panel), part, nothing);
-          return;
-        }
-        for (int q = 0; q < kGates; ++q) {
-          const T* b = w + gate_of[q] * H * columns + panel * kMaxPanel * kLanes;
-          const T* a[kRowBatch];
-          part.a = a;
-          for (int64_t i = 0; i < n; ++i) a[i] = io.a[i] + q * kUnits;
-          panel_product(n, nr, Inner{H / kUnits, kUnits, kSlots * kUnits, columns}, b, part, nothing);
-          part.c_in = part.c_out;
-          if (H % kUnits == 0) continue;
-          for (int64_t i = 0; i < n; ++i) a[i] += H / kUnits * kSlots * kUnits;
-          panel_product(n, nr, Inner{1, H % kUnits, 0, columns}, b + H / kUnits * kUnits * columns, part, nothing);
-        }
+      const Inner inner{ld_h / kUnits, kGates * kUnits, kSlots * kUnits, nr * kLanes};
+      column_panel(rows, columns, panel, is_padded, io, [&](int64_t n, const RowOperands<T>& part) {
+        panel_product(n, nr, inner, panels + panel * column_panel_size(gate_columns), part, nothing);
       });
     }
   }
 
+  // The same for columns [first, end), W read once and in order: four of its rows at a time are added to each row of C.
+  void gradient_in_place(int64_t rows, const T* w, const int* gate_of, int64_t columns, int64_t first, int64_t end,
+                         const RowOperands<T>& io) const {
+    for (int64_t m = 0; m < rows && !io.c_in; ++m) zero(io.c_out[m] + first, end - first);
+    for (int q = 0; q < kGates; ++q)
+      for (int64_t u = 0; u < H; u += 4) {
+        const T* b = w + (gate_of[q] * H + u) * columns;
+        const int64_t n = min(4, H - u);
+        for (int64_t m = 0; m < rows; ++m) {
+          const T* a = io.a[m] + u / kUnits * kSlots * kUnits + q * kUnits + u % kUnits;
+          T* c = io.c_out[m];
+          int64_t i = first;
+          for (; n == 4 && i + kLanes <= end; i += kLanes)
+            store(c + i, load(c + i) + ((a[0] * load(b + i) + a[1] * load(b + columns + i)) +
+                                        (a[2] * load(b + 2 * columns + i) + a[3] * load(b + 3 * columns + i))));
+          for (; i < end; ++i) {
+            T sum = 0;
+            for (int64_t k = 0; k < n; ++k) sum += a[k] * b[k * columns + i];
+            c[i] += sum;
+          }
+        }
+      }
+  }
+
   // ---- state ----
+
+  // A vector of units at u of a row that ends after `units`.
+  static V load_units(const T* row, int64_t u, int64_t units) {
+    if (u + kLanes <= units) return load(row + u);
+    T lane[kLanes] = {};
+    for (int64_t i = 0; i < units - u; ++i) lane[i] = row[u + i];
+    return load(lane);
+  }
+  static void store_units(T* row, int64_t u, int64_t units, V x) {
+    if (u + kLanes <= units) return store(row + u, x);
+    T lane[kLanes];
+    store(lane, x);
+    for (int64_t i = 0; i < units - u; ++i) row[u + i] = lane[i];
+  }
 
   void apply_resets(T* h, T* c, int64_t t, int64_t j0, int64_t j1) const {
     if (!p.resets) return;

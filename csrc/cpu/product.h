@@ -241,13 +241,15 @@ void transpose_rows(const T* const* rows, int64_t n, int64_t K, T* dst, int64_t 
     const T* r[kLanes];
     for (int i = 0; i < kLanes; ++i) r[i] = rows[i];
     if constexpr (RNNFAST_SHUFFLED_TRANSPOSE)
-      for (; k + kLanes <= K; k += kLanes) {
+      while (k < K && K >= kLanes) {
+        if (k > K - kLanes) k = K - kLanes;  // the last square overlaps the one before
         VectorOf<T> block[kLanes];
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) block[i] = load(r[i] + k);
         transpose_stage<T, kLanes / 2>(block);
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) store(dst + (k + i) * stride, block[i]);
+        k += kLanes;
       }
     for (; k < K; ++k)
 #pragma GCC unroll 16
