@@ -209,11 +209,12 @@ def _register_fakes(cell: str) -> None:
         """Refuse a mixture of devices: one meta tensor brings the call here, whatever memory the others have."""
         named = dict(zip(_PRIMALS, primals, strict=True)) | {"resets": resets} | others
         device = next(tensor.device for tensor in primals if tensor is not None)
-        expected = {name: device for name in named} | {"batch_sizes": torch.device("cpu"), "lengths": torch.device("cpu")}
-        for name, tensor in (named | {"batch_sizes": batch_sizes, "lengths": lengths}).items():
-            if tensor is not None and tensor.device != expected[name]:
+        on_cpu = {"batch_sizes": batch_sizes, "lengths": lengths}
+        for name, tensor in (named | on_cpu).items():
+            expected = torch.device("cpu") if name in on_cpu else device
+            if tensor is not None and tensor.device != expected:
                 raise RuntimeError(
-                    f"rnnfast::{cell}: {name}: expected a tensor on {expected[name]}, got one on {tensor.device}"
+                    f"rnnfast::{cell}: {name}: expected a tensor on {expected}, got one on {tensor.device}"
                 )
 
     def forward(

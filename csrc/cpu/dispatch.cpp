@@ -83,7 +83,7 @@ Plan make_plan(const Sizes& size, const CellInfo& cell, int threads, bool backwa
   // Recurrent weights, in elements, that stay in the second-level cache of one core.
   constexpr double kOwnCache = 1 << 18;
   // Rows per chunk: the chunk's gates should stay in the second-level cache; backward wants long sums instead.
-  constexpr int64_t kForwardRows = 128, kBackwardRows = 512;
+  constexpr int64_t kForwardRows = 256, kBackwardRows = 512;
 
   const double gate_rows = static_cast<double>(cell.gates) * static_cast<double>(size.H);
   const double step_work = gate_rows * static_cast<double>(size.P) * static_cast<double>(size.N);

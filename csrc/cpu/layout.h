@@ -12,7 +12,7 @@
 namespace rnnfast {
 inline namespace RNNFAST_ISA {
 
-constexpr int64_t kRowBatch = 128;  // rows whose pointers are gathered on the stack at a time
+constexpr int64_t kRowBatch = 256;  // rows whose pointers are gathered on the stack at a time
 constexpr int64_t kSumRows = 256;   // terms of a weight gradient summed before they join the total, for its accuracy
 
 inline int64_t min(int64_t a, int64_t b) {
