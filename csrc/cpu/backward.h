@@ -67,7 +67,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
     T* dprojected;                // [chunk rows, ld_p] gradient of the projected h
     T *input, *h_prev, *dproj_t;  // transposed chunk: [I, chunk rows], [P, chunk rows], [P, chunk rows]
     T* panels;                    // [threads][kSumRows, kMaxPanel, kLanes]
-    T* hidden;                    // [threads][kUnits, ld_h] h recomputed from the cell
+    T* hidden;                    // [threads][kUnits, ld_h], or [kInPlaceRows, ld_h]: h recomputed from the cell
     T *dw_ih, *dw_hh;             // [I, gate_columns], [P, gate_columns], transposed
     T *db_ih, *db_hh;             // [gate_columns]
     T* dw_hr;                     // [P, ld_h]
@@ -92,7 +92,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
       h_prev = arena.take(packed && d.p.dw_hh ? d.P * rows : 0);
       dproj_t = arena.take(d.p.dw_hr ? d.P * rows : 0);
       panels = arena.take(d.p.plan.threads * kSumRows * kMaxPanel * kLanes);
-      hidden = arena.take(d.p.plan.threads * kUnits * d.ld_h);
+      hidden = arena.take(max(d.p.plan.threads * kUnits, kInPlaceRows) * d.ld_h);
       dw_ih = arena.take(packed && d.p.dw_ih ? d.I * d.gate_columns : 0);
       dw_hh = arena.take(packed && d.p.dw_hh ? d.P * d.gate_columns : 0);
       db_ih = arena.take(d.gate_columns);
@@ -341,8 +341,8 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
       }
   }
   void direct_weights(const Scratch& s, int64_t rows) const {
-    const T *x[kUnits], *h[kUnits];
-    each_row_batch(0, 0, rows, kUnits, [&](int64_t, int64_t n, const int64_t* t, const int64_t* j) {
+    const T *x[kInPlaceRows], *h[kInPlaceRows];
+    each_row_batch(0, 0, rows, kInPlaceRows, [&](int64_t, int64_t n, const int64_t* t, const int64_t* j) {
       for (int64_t i = 0; i < n; ++i) {
         x[i] = outside(p.input, t[i], j[i]);
         if (p.dw_hh) h[i] = hidden_before(s, t[i], j[i], s.hidden + i * ld_h);

@@ -76,9 +76,11 @@ bool set_isa(const char* name) {
 }
 
 Plan make_plan(const Sizes& size, const CellInfo& cell, int threads, bool backward) {
-  // Multiply-adds below which waking other threads costs more than it saves (a few microseconds of one core).
-  constexpr double kParallelWork = 1 << 17;
-  // The same for one step of the recurrence, when threads must meet after each.
+  // Nanoseconds of one core below which waking other threads costs more than it saves, and what a call is guessed to
+  // take: multiply-adds at the rate of full or of nearly empty register tiles, and moving every weight once.
+  constexpr double kParallelTime = 60e3;
+  constexpr double kFullRate = 70, kSingleRate = 25, kPackTime = 0.3, kReadTime = 0.13;
+  // Multiply-adds of one thread in one step that repay meeting after it.
   constexpr double kParallelStep = 1 << 16;
   // Recurrent weights, in elements, that stay in the second-level cache of one core.
   constexpr double kOwnCache = 1 << 18;
@@ -87,11 +89,14 @@ Plan make_plan(const Sizes& size, const CellInfo& cell, int threads, bool backwa
 
   const double gate_rows = static_cast<double>(cell.gates) * static_cast<double>(size.H);
   const double step_work = gate_rows * static_cast<double>(size.P) * static_cast<double>(size.N);
-  const double work = static_cast<double>(size.R) * gate_rows * static_cast<double>(size.I + size.P);
+  const double weights = gate_rows * static_cast<double>(size.I + size.P);
   Plan plan{};
   plan.schedule = Schedule::kOneThread;
+  plan.packed = size.R > kInPlaceRows;
   plan.threads = std::clamp(threads, 1, 256);
-  if (work < kParallelWork) plan.threads = 1;
+  const double products = static_cast<double>(size.R) * weights / (size.N < 4 ? kSingleRate : kFullRate);
+  const double time = (products + weights * (plan.packed ? kPackTime : kReadTime)) * (backward ? 2 : 1);
+  if (time < kParallelTime) plan.threads = 1;
   if (plan.threads > 1) {
     // Splitting the batch needs no meeting of threads, but every thread reads all weights. Where those come from beyond
     // the thread's own cache, or with few sequences to share them, it is faster to read only a part of the weights.
@@ -101,7 +106,6 @@ Plan make_plan(const Sizes& size, const CellInfo& cell, int threads, bool backwa
     else if (size.N > 1)
       plan.schedule = Schedule::kBatch;
   }
-  plan.packed = size.R > kInPlaceRows;
   const int64_t rows = backward ? kBackwardRows : kForwardRows;
   plan.chunk_steps = std::clamp<int64_t>(rows / std::max<int64_t>(size.N, 1), 1, std::max<int64_t>(size.T, 1));
   return plan;

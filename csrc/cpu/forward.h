@@ -91,7 +91,8 @@ struct SequenceForward : SequenceLayout<Cell, T> {
     int64_t n = 0;
     const auto flush = [&] {
       for (int64_t panel = panel0; panel < panel1; ++panel)
-        gate_product(n, I, p.w_ih, s.w_ih, Cell::kInputGates, Cell::kInput, panel, RowOperands<T>{a, bias, c, 0, 0},
+        gate_product(n, I, p.w_ih, s.w_ih, Cell::kInputGates, Cell::kInput, panel,
+                     panel + 1 < panel1 ? panel + 1 : panel0, RowOperands<T>{a, bias, c, 0, 0},
                      [&](int64_t begin, int64_t end) {
                        // slots that only the recurrent product feeds start from its bias
                        for (int slot = Cell::kInput + kGates; slot < Cell::kRecurrent + kGates; ++slot) {
@@ -121,7 +122,8 @@ struct SequenceForward : SequenceLayout<Cell, T> {
       for (int64_t i = 0; i < n; ++i) a[i] = s.h[step % 2] + (j + i) * ld_p, c[i] = gates_of(s, chunk, t, j + i);
       for (int64_t panel = panel0; panel < panel1; ++panel)
         gate_product(n, P, p.w_hh, s.w_hh, Cell::kRecurrentGates, Cell::kRecurrent, panel,
-                     RowOperands<T>{a, c, c, 0, 0}, [&](int64_t begin, int64_t end) {
+                     panel + 1 < panel1 ? panel + 1 : panel0, RowOperands<T>{a, c, c, 0, 0},
+                     [&](int64_t begin, int64_t end) {
                        const int64_t v0 = panel * kPanelUnits, v1 = min(v0 + kPanelUnits, unit_vectors);
                        for (int64_t i = begin; i < end; ++i) step_cell(s, step, j + i, v0, v1, c[i]);
                      });

@@ -46,6 +46,8 @@ struct Arena {
     return piece;
   }
 };
+
+// The ground that SequenceForward and SequenceBackward stand on. `T` is the accumulation type, `T_` the steps.
 template <typename Cell, typename T>
 struct SequenceLayout {
   using Params = SequenceParams<T>;
@@ -56,8 +58,8 @@ struct SequenceLayout {
   // A panel of gate rows holds all gates of one vector of units; with a single gate, several vectors of units.
   static constexpr int kPanelUnits = kGates == 1 ? kMaxPanel : 1;
   static constexpr int kPanelVectors = kGates * kPanelUnits;
-  static constexpr int64_t kPanelStride =
-      kGates == 1 ? kLanes : kUnits;  // between the panel's vectors in a row of gates
+  // Between the panel's vectors in a row of gates.
+  static constexpr int64_t kPanelStride = kGates == 1 ? kLanes : kUnits;
   static_assert(kPanelVectors <= kMaxPanel && kSlots >= kGates, "a panel of gates must fit a tile");
 
   static int64_t padded(int64_t units) { return ceil_div(units, kUnits) * kUnits; }
@@ -230,15 +232,16 @@ struct SequenceLayout {
 
   // ---- products over gathered rows ----
 
-  // gates += A W^T for one panel of gates, from packed panels or from W itself.
+  // gates += A W^T for one panel of gates, from packed panels or from W itself. `next` is the panel that comes next.
   template <typename After>
   void gate_product(int64_t rows, int64_t K, const T* w, const T* panels, const int* gate_of, int first_slot,
-                    int64_t panel, RowOperands<T> io, After after) const {
+                    int64_t panel, int64_t next, RowOperands<T> io, After after) const {
     const int nr = panel_vectors(panel);
     io.offset = panel_offset(panel, kSlots, first_slot);
     io.stride = kPanelStride;
     if (p.plan.packed) {
-      panel_product(rows, nr, Inner{1, K, 0, nr * kLanes}, panels + panel * gate_panel_size(K), io, after);
+      const int64_t size = gate_panel_size(K);
+      panel_product(rows, nr, Inner{1, K, 0, nr * kLanes}, panels + panel * size, io, after, panels + next * size);
       return;
     }
     for (int q = 0; q < nr; ++q) {
@@ -296,7 +299,8 @@ struct SequenceLayout {
       const int nr = column_vectors(columns, panel);
       const Inner inner{ld_h / kUnits, kGates * kUnits, kSlots * kUnits, nr * kLanes};
       column_panel(rows, columns, panel, is_padded, io, [&](int64_t n, const RowOperands<T>& part) {
-        panel_product(n, nr, inner, panels + panel * column_panel_size(gate_columns), part, nothing);
+        const int64_t size = column_panel_size(gate_columns), next = panel + 1 < panel1 ? panel + 1 : panel0;
+        panel_product(n, nr, inner, panels + panel * size, part, nothing, panels + next * size);
       });
     }
   }

@@ -40,6 +40,14 @@ struct Inner {
   int64_t count, length, stride, step;
 };
 
+// Memory to bring into the second-level cache while a tile runs: at each k the lines at `next` and `next + second`,
+// then `step` further, in bytes. Weights larger than that cache would else be waited for by the first row block of a
+// panel.
+struct Prefetch {
+  const char* next;
+  int64_t step, second;
+};
+
 // The rows of A and C. Vector q of row m of C is read at c_in[m] + offset + q * stride (c_in null: zero) and written at
 // c_out[m] + offset + q * stride; c_in may be c_out.
 template <typename T>
@@ -51,11 +59,12 @@ struct RowOperands {
 };
 
 template <typename T, int M, int NR>
-void tile(Inner inner, const T* b, const RowOperands<T>& io) {
+void tile(Inner inner, const T* b, const RowOperands<T>& io, Prefetch ahead) {
   using V = VectorOf<T>;
   constexpr int kLanes = Lanes<T>::kCount;
   // Few accumulators: a second set hides the latency of the multiply-add.
   constexpr int kSets = M * NR <= 4 ? 2 : 1;
+  constexpr bool kPrefetch = M * NR >= 12;  // smaller tiles have no load slots to spare
   V acc[kSets][M][NR] = {};
   const T* a[M];
 #pragma GCC unroll 8
@@ -76,6 +85,11 @@ void tile(Inner inner, const T* b, const RowOperands<T>& io) {
         }
       }
       b += kSets * inner.step;
+      if (kPrefetch) {
+        __builtin_prefetch(ahead.next, 0, 2);
+        __builtin_prefetch(ahead.next + ahead.second, 0, 2);
+        ahead.next += ahead.step;
+      }
     }
     if (kSets == 2 && k < inner.length) {
 #pragma GCC unroll 8
@@ -99,32 +113,34 @@ void tile(Inner inner, const T* b, const RowOperands<T>& io) {
 }
 
 template <typename T, int NR>
-void tile_of_rows(int m, Inner inner, const T* b, const RowOperands<T>& io) {
+void tile_of_rows(int m, Inner inner, const T* b, const RowOperands<T>& io, Prefetch ahead) {
   constexpr int kMost = tile_rows(NR);
   switch (m) {
     case 1:
-      return tile<T, 1, NR>(inner, b, io);
+      return tile<T, 1, NR>(inner, b, io, ahead);
     case 2:
-      return tile<T, 2, NR>(inner, b, io);
+      return tile<T, 2, NR>(inner, b, io, ahead);
     case 3:
-      return tile<T, (kMost >= 3 ? 3 : 1), NR>(inner, b, io);
+      return tile<T, (kMost >= 3 ? 3 : 1), NR>(inner, b, io, ahead);
     case 4:
-      return tile<T, (kMost >= 4 ? 4 : 1), NR>(inner, b, io);
+      return tile<T, (kMost >= 4 ? 4 : 1), NR>(inner, b, io, ahead);
     case 5:
-      return tile<T, (kMost >= 5 ? 5 : 1), NR>(inner, b, io);
+      return tile<T, (kMost >= 5 ? 5 : 1), NR>(inner, b, io, ahead);
     case 6:
-      return tile<T, (kMost >= 6 ? 6 : 1), NR>(inner, b, io);
+      return tile<T, (kMost >= 6 ? 6 : 1), NR>(inner, b, io, ahead);
     case 7:
-      return tile<T, (kMost >= 7 ? 7 : 1), NR>(inner, b, io);
+      return tile<T, (kMost >= 7 ? 7 : 1), NR>(inner, b, io, ahead);
     case 8:
-      return tile<T, (kMost >= 8 ? 8 : 1), NR>(inner, b, io);
+      return tile<T, (kMost >= 8 ? 8 : 1), NR>(inner, b, io, ahead);
   }
 }
 
 // C = C_in + A B for `rows` rows and one panel of nr vectors, then after(begin, end) on each block of rows just
-// written. Row blocks are kept even: 8 rows are 4 + 4, not 6 + 2.
+// written. Row blocks are kept even: 8 rows are 4 + 4, not 6 + 2. `next`, if given, is the panel of the same size that
+// the caller will want next; the row blocks share the fetching of its lines.
 template <typename T, typename After>
-inline void panel_product(int64_t rows, int nr, Inner inner, const T* b, const RowOperands<T>& io, After after) {
+inline void panel_product(int64_t rows, int nr, Inner inner, const T* b, const RowOperands<T>& io, After after,
+                          const T* next = nullptr) {
   if (rows == 0) return;
   const int64_t most = nr == 4 ? tile_rows(4) : nr == 3 ? tile_rows(3) : nr == 2 ? tile_rows(2) : tile_rows(1);
   const int64_t blocks = (rows + most - 1) / most;
@@ -133,81 +149,39 @@ inline void panel_product(int64_t rows, int nr, Inner inner, const T* b, const R
     const RowOperands<T> part{io.a + begin, io.c_in ? io.c_in + begin : nullptr, io.c_out + begin, io.offset,
                               io.stride};
     const int m = static_cast<int>(end - begin);
+    // Of the nr lines of each k, block i takes line i, and line i + blocks if there is one.
+    constexpr int64_t kLine = 64;
+    const int64_t bytes = nr * kVectorBytes;
+    Prefetch ahead{reinterpret_cast<const char*>(b), 0, 0};
+    if (next && i * kLine < bytes)
+      ahead = {reinterpret_cast<const char*>(next) + i * kLine, bytes,
+               (i + blocks) * kLine < bytes ? blocks * kLine : 0};
     switch (nr) {
       case 1:
-        tile_of_rows<T, 1>(m, inner, b, part);
+        tile_of_rows<T, 1>(m, inner, b, part, ahead);
         break;
       case 2:
-        tile_of_rows<T, 2>(m, inner, b, part);
+        tile_of_rows<T, 2>(m, inner, b, part, ahead);
         break;
       case 3:
-        tile_of_rows<T, 3>(m, inner, b, part);
+        tile_of_rows<T, 3>(m, inner, b, part, ahead);
         break;
       case 4:
-        tile_of_rows<T, 4>(m, inner, b, part);
+        tile_of_rows<T, 4>(m, inner, b, part, ahead);
         break;
     }
     after(begin, end);
   }
 }
 
-// Sum of the lanes, by halves.
-template <typename T>
-inline T horizontal_sum(VectorOf<T> v) {
-  constexpr int kLanes = Lanes<T>::kCount;
-  T lane[kLanes];
-  store(lane, v);
-#pragma GCC unroll 4
-  for (int width = kLanes / 2; width > 0; width /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
-}
-
-// The product with weights read in place: c_out[m][offset + i] = c_in[m][offset + i] + w[i] . a[m] for `lanes` rows of
-// w, `ld` apart; the other lanes of the vector get c_in. Four rows of w stay in the cache while all rows of A pass.
-template <typename T>
-void dot_product(int64_t rows, int64_t K, const T* w, int64_t ld, int64_t lanes, const RowOperands<T>& io) {
-  using V = VectorOf<T>;
-  constexpr int64_t kLanes = Lanes<T>::kCount;
-  if (io.c_in != io.c_out)
-    for (int64_t m = 0; m < rows; ++m) store(io.c_out[m] + io.offset, load(io.c_in[m] + io.offset));
-  for (int64_t first = 0; first < lanes; first += 4) {
-    const int64_t count = lanes - first < 4 ? lanes - first : 4;
-    const T* r[4];
-    for (int64_t i = 0; i < 4; ++i) r[i] = w + (first + (i < count ? i : 0)) * ld;
-    for (int64_t m = 0; m < rows; ++m) {
-      const T* a = io.a[m];
-      V acc[2][4] = {};
-      int64_t k = 0;
-      for (; k + 2 * kLanes <= K; k += 2 * kLanes) {
-#pragma GCC unroll 2
-        for (int s = 0; s < 2; ++s) {
-          const V element = load(a + k + s * kLanes);
-#pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i) acc[s][i] += element * load(r[i] + k + s * kLanes);
-        }
-      }
-      if (k + kLanes <= K) {
-        const V element = load(a + k);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) acc[0][i] += element * load(r[i] + k);
-        k += kLanes;
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        T sum = horizontal_sum<T>(acc[0][i] + acc[1][i]);
-        for (int64_t tail = k; tail < K; ++tail) sum += a[tail] * r[i][tail];
-        io.c_out[m][io.offset + first + i] += sum;
-      }
-    }
-  }
-}
-
-// Transposes a square of vectors: at each width, 2x2 blocks of that many lanes swap their off-diagonal.
+// Squares of vectors, as many as each has lanes. With 64-byte vectors and a compiler that shuffles two of them by an
+// index, in registers; else through memory, lane by lane.
 #if defined(__GNUC__) && !defined(__clang__)
-#define RNNFAST_SHUFFLED_TRANSPOSE (kVectorBytes == 64)
+constexpr bool kShuffles = kVectorBytes == 64;
+
+// The lanes of a and b that a 2x2 block exchange of kWidth lanes puts first, and those it puts second.
 template <typename T, int kWidth>
-inline void transpose_stage(VectorOf<T> (&r)[Lanes<T>::kCount]) {
+inline void exchange(VectorOf<T>& a, VectorOf<T>& b) {
   using Int = typename Format<VectorOf<T>>::Int;
   constexpr int kLanes = Lanes<T>::kCount;
   Int low{}, high{};
@@ -217,20 +191,70 @@ inline void transpose_stage(VectorOf<T> (&r)[Lanes<T>::kCount]) {
     low[lane] = first ? lane : kLanes + lane - kWidth;
     high[lane] = first ? lane + kWidth : kLanes + lane;
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i)
-    if (i / kWidth % 2 == 0) {
-      const VectorOf<T> a = r[i], b = r[i + kWidth];
-      r[i] = __builtin_shuffle(a, b, low);
-      r[i + kWidth] = __builtin_shuffle(a, b, high);
-    }
-  if constexpr (kWidth > 1) transpose_stage<T, kWidth / 2>(r);
+  const VectorOf<T> x = a, y = b;
+  a = __builtin_shuffle(x, y, low);
+  b = __builtin_shuffle(x, y, high);
 }
 #else
-#define RNNFAST_SHUFFLED_TRANSPOSE false
+constexpr bool kShuffles = false;
 template <typename T, int kWidth>
-inline void transpose_stage(VectorOf<T> (&)[Lanes<T>::kCount]) {}
+inline void exchange(VectorOf<T>&, VectorOf<T>&) {}
 #endif
+
+template <typename T, int kWidth = Lanes<T>::kCount / 2>
+inline void transpose(VectorOf<T> (&r)[Lanes<T>::kCount]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Lanes<T>::kCount; ++i)
+    if (i / kWidth % 2 == 0) exchange<T, kWidth>(r[i], r[i + kWidth]);
+  if constexpr (kWidth > 1) transpose<T, kWidth / 2>(r);
+}
+
+// The vector whose lane i is the sum of the lanes of r[i]: each exchange halves what is left to add.
+template <typename T, int kWidth = Lanes<T>::kCount / 2>
+inline VectorOf<T> sum_lanes(VectorOf<T> (&r)[Lanes<T>::kCount]) {
+  if constexpr (!kShuffles) {
+    VectorOf<T> sums{};
+    for (int i = 0; i < Lanes<T>::kCount; ++i)
+      for (int lane = 0; lane < Lanes<T>::kCount; ++lane) sums[i] += r[i][lane];
+    return sums;
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      exchange<T, kWidth>(r[i], r[i + kWidth]);
+      r[i] += r[i + kWidth];
+    }
+    if constexpr (kWidth > 1) return sum_lanes<T, kWidth / 2>(r);
+    return r[0];
+  }
+}
+
+// The product with weights read in place, for one vector of C: lane i of it is c_in + w[i] . a[m] for `lanes` rows of
+// w, `ld` apart; the other lanes get c_in. c_in is not null.
+template <typename T>
+void dot_product(int64_t rows, int64_t K, const T* w, int64_t ld, int64_t lanes, const RowOperands<T>& io) {
+  using V = VectorOf<T>;
+  constexpr int64_t kLanes = Lanes<T>::kCount;
+  const T* r[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) r[i] = w + (i < lanes ? i : 0) * ld;
+  for (int64_t m = 0; m < rows; ++m) {
+    const T* a = io.a[m];
+    V acc[kLanes] = {};
+    int64_t k = 0;
+    for (; k + kLanes <= K && lanes > 0; k += kLanes) {
+      const V element = load(a + k);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) acc[i] += element * load(r[i] + k);
+    }
+    T sum[kLanes];
+    store(sum, sum_lanes<T>(acc));
+    T* c = io.c_out[m] + io.offset;
+    store(c, load(io.c_in[m] + io.offset));
+    for (int64_t i = 0; i < lanes; ++i) {
+      for (int64_t tail = k; tail < K; ++tail) sum[i] += a[tail] * r[i][tail];
+      c[i] += sum[i];
+    }
+  }
+}
 
 // dst[k * stride + i] = rows[i][k] for i < n, k < K; n <= kLanes. Lanes past n get 0 where `pad`, else are left alone.
 template <typename T>
@@ -240,13 +264,13 @@ void transpose_rows(const T* const* rows, int64_t n, int64_t K, T* dst, int64_t 
   if (n == kLanes) {
     const T* r[kLanes];
     for (int i = 0; i < kLanes; ++i) r[i] = rows[i];
-    if constexpr (RNNFAST_SHUFFLED_TRANSPOSE)
+    if constexpr (kShuffles)
       while (k < K && K >= kLanes) {
         if (k > K - kLanes) k = K - kLanes;  // the last square overlaps the one before
         VectorOf<T> block[kLanes];
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) block[i] = load(r[i] + k);
-        transpose_stage<T, kLanes / 2>(block);
+        transpose<T>(block);
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) store(dst + (k + i) * stride, block[i]);
         k += kLanes;
