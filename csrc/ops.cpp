@@ -1,13 +1,15 @@
 // The operators torch.ops.rnnfast.*: schemas, the one set of checks, allocation and autograd. at::Tensor ends here.
 //
 // For each cell three operators share one schema of inputs: `<cell>` (differentiable), `_<cell>_forward` (also returns
-// what backward needs) and `_<cell>_backward`. One call is one layer in one direction over all steps. Fake kernels and
-// the double backward are registered from Python (ops.py).
+// what backward needs) and `_<cell>_backward`. One call is one layer in one direction over all steps. A cell with c has
+// the first two once more, `<cell>_all_c` and `_<cell>_all_c_forward`, which also return c of all steps. Fake kernels
+// and the double backward are registered from Python (ops.py).
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <numeric>
@@ -44,6 +46,8 @@ constexpr int kNumGradients = 8;  // input, h0, c0, weight_ih, weight_hh, bias_i
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;                                // output, h_n, c_n
 using SavingOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // ... gates, cells, hidden
+using OutputsAllC = std::tuple<Tensor, Tensor, Tensor, Tensor>;                    // ... all_c
+using SavingOutputsAllC = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 bool has(const MaybeTensor& t) {
@@ -112,12 +116,16 @@ class Call {
     bias_ih_ = dense(bias_ih), bias_hh_ = dense(bias_hh), weight_hr_ = dense(weight_hr);
   }
 
-  SavingOutputs forward(bool save) {
+  // The last result, all_c, is there only where it is asked for.
+  SavingOutputsAllC forward(bool save, bool with_all_c) {
     std::vector<int64_t> shape = outer_;
     shape.push_back(size_.P);
     const auto options = input_.options().dtype(compute_);
     const auto none = [&] { return at::empty({0}, options); };  // outputs may not alias: a new one each time
-    Tensor output = lengths_.defined() ? at::zeros(shape, options) : at::empty(shape, options);
+    const auto steps_of = [&] { return lengths_.defined() ? at::zeros(shape, options) : at::empty(shape, options); };
+    Tensor output = steps_of();
+    Tensor all_c;
+    if (with_all_c) shape.back() = size_.H, all_c = steps_of();
     Tensor h_n = at::empty({size_.N, size_.P}, options);
     Tensor c_n = cell_.has_cell ? at::empty({size_.N, size_.H}, options) : none();
     Tensor gates = none(), cells = none(), hidden = none();
@@ -138,16 +146,18 @@ class Call {
       p.output = {output.mutable_data_ptr<T>(), size_.N * size_.P, size_.P};
       p.h_n = h_n.mutable_data_ptr<T>();
       p.c_n = cell_.has_cell ? c_n.mutable_data_ptr<T>() : nullptr;
+      if (with_all_c) p.all_c = {all_c.mutable_data_ptr<T>(), size_.N * size_.H, size_.H};
       set_saved(p, gates, cells, hidden);
       run_driver(p, driver.forward_scratch, driver.forward);
     };
     dispatch(run);
-    return {output.to(dtype_), h_n.to(dtype_), c_n.to(dtype_), gates, cells, hidden};
+    if (with_all_c) all_c = all_c.to(dtype_);
+    return {output.to(dtype_), h_n.to(dtype_), c_n.to(dtype_), gates, cells, hidden, all_c};
   }
 
   Gradients backward(const MaybeTensor& grad_output, const MaybeTensor& grad_h_n, const MaybeTensor& grad_c_n,
                      const Tensor& gates, const Tensor& cells, const Tensor& hidden,
-                     const std::array<bool, kNumGradients>& needs) {
+                     const std::array<bool, kNumGradients>& needs, const MaybeTensor& grad_all_c) {
     const Sizes& z = size_;
     const int64_t GH = cell_.gates * z.H;
     const auto check_gradient = [&](const char* argument, const MaybeTensor& t, std::vector<Dim> dims) {
@@ -160,6 +170,10 @@ class Call {
     check_gradient("grad_output", grad_output, output_dims);
     check_gradient("grad_h_n", grad_h_n, {{"N", z.N}, {"P", z.P}});
     if (cell_.has_cell) check_gradient("grad_c_n", grad_c_n, {{"N", z.N}, {"H", z.H}});
+    TORCH_CHECK_VALUE(cell_.has_cell || !has(grad_all_c), what("grad_all_c"),
+                      "this cell has no second state; expected None");
+    output_dims.back() = {"H", z.H};
+    check_gradient("grad_all_c", grad_all_c, output_dims);
     const int64_t block = 64 / c10::elementSize(compute_), saved_rows = is_packed_ ? z.R : z.T * z.N;
     const auto check_saved = [&](const char* argument, const Tensor& t, bool kept, int64_t units, int64_t slots) {
       const int64_t count = kept ? saved_rows * ((units + block - 1) / block * block) * slots : 0;
@@ -190,12 +204,14 @@ class Call {
     };
     fill_rows();
     const Tensor doutput = has(grad_output) ? rows(*grad_output) : Tensor();
+    const Tensor dall_c = has(grad_all_c) ? rows(*grad_all_c) : Tensor();
     const Tensor dh_n = dense(grad_h_n), dc_n = cell_.has_cell ? dense(grad_c_n) : Tensor();
     const auto run = [&](auto zero, const auto& driver) {
       using T = decltype(zero);
       SequenceParams<T> p = params<T>(true);
       set_saved(p, gates, cells, hidden);
       p.doutput = view<T>(doutput);
+      p.dall_c = view<T>(dall_c);
       p.dh_n = data<T>(dh_n), p.dc_n = data<T>(dc_n);
       const auto target = [&](int i, bool exists) {
         return needs[i] && exists ? grad[i].template mutable_data_ptr<T>() : nullptr;
@@ -425,14 +441,18 @@ class Call {
 using ForwardOp = SavingOutputs(RNNFAST_ARGUMENTS);
 using BackwardOp = Gradients(const MaybeTensor& grad_output, const MaybeTensor& grad_h_n, const MaybeTensor& grad_c_n,
                              RNNFAST_ARGUMENTS, const Tensor& gates, const Tensor& cells, const Tensor& hidden,
-                             std::array<bool, kNumGradients> needs);
+                             std::array<bool, kNumGradients> needs, const MaybeTensor& grad_all_c);
 using CellOp = Outputs(RNNFAST_ARGUMENTS);
+using ForwardAllCOp = SavingOutputsAllC(RNNFAST_ARGUMENTS);
+using CellAllCOp = OutputsAllC(RNNFAST_ARGUMENTS);
 
 // The operators of one cell, looked up once.
 struct Operators {
   c10::TypedOperatorHandle<CellOp> cell;
   c10::TypedOperatorHandle<ForwardOp> forward;
   c10::TypedOperatorHandle<BackwardOp> backward;
+  std::optional<c10::TypedOperatorHandle<CellAllCOp>> cell_all_c;  // these two: of a cell with c
+  std::optional<c10::TypedOperatorHandle<ForwardAllCOp>> forward_all_c;
 
   static const Operators& of(int64_t index) {
     static const std::vector<Operators> all = [] {
@@ -444,7 +464,10 @@ struct Operators {
           return c10::Dispatcher::singleton().findSchemaOrThrow(("rnnfast::" + op).c_str(), "");
         };
         list.push_back({find(name).typed<CellOp>(), find("_" + name + "_forward").typed<ForwardOp>(),
-                        find("_" + name + "_backward").typed<BackwardOp>()});
+                        find("_" + name + "_backward").typed<BackwardOp>(), std::nullopt, std::nullopt});
+        if (!table.cells[i].has_cell) continue;
+        list.back().cell_all_c = find(name + "_all_c").typed<CellAllCOp>();
+        list.back().forward_all_c = find("_" + name + "_all_c_forward").typed<ForwardAllCOp>();
       }
       return list;
     }();
@@ -454,10 +477,13 @@ struct Operators {
 
 class Autograd : public torch::autograd::Function<Autograd> {
  public:
-  static variable_list forward(torch::autograd::AutogradContext* ctx, int64_t index, RNNFAST_ARGUMENTS) {
-    const auto [output, h_n, c_n, gates, cells, hidden] = [&] {
+  static variable_list forward(torch::autograd::AutogradContext* ctx, int64_t index, bool with_all_c,
+                               RNNFAST_ARGUMENTS) {
+    const auto [output, h_n, c_n, gates, cells, hidden, all_c] = [&]() -> SavingOutputsAllC {
       at::AutoDispatchBelowADInplaceOrView below;
-      return Operators::of(index).forward.call(RNNFAST_PASS);
+      const Operators& operators = Operators::of(index);
+      if (with_all_c) return operators.forward_all_c->call(RNNFAST_PASS);
+      return std::tuple_cat(operators.forward.call(RNNFAST_PASS), std::tuple<Tensor>());
     }();
     const auto maybe = [](const MaybeTensor& t) { return has(t) ? *t : Tensor(); };
     ctx->save_for_backward({input, maybe(h0), maybe(c0), weight_ih, weight_hh, maybe(bias_ih), maybe(bias_hh),
@@ -466,6 +492,7 @@ class Autograd : public torch::autograd::Function<Autograd> {
     ctx->saved_data["reverse"] = reverse;
     ctx->set_materialize_grads(false);
     if (!drivers().cells[index].has_cell) ctx->mark_non_differentiable({c_n});
+    if (with_all_c) return {output, h_n, c_n, all_c};
     return {output, h_n, c_n};
   }
 
@@ -477,14 +504,15 @@ class Autograd : public torch::autograd::Function<Autograd> {
     size_t edge = 0;
     for (int i = 0; i < kNumGradients; ++i)
       if (saved[i].defined()) needs[i] = ctx->needs_input_grad(edge++);
-    variable_list result(1 + kNumGradients + 4);  // index, then the arguments
-    if (!grad[0].defined() && !grad[1].defined() && !grad[2].defined()) return result;
+    constexpr int kFirst = 2;  // index, with_all_c, then the arguments
+    variable_list result(kFirst + kNumGradients + 4);
+    if (std::none_of(grad.begin(), grad.end(), [](const Tensor& g) { return g.defined(); })) return result;
     const auto call = [&] {
       return Operators::of(ctx->saved_data["index"].toInt())
           .backward.call(maybe(grad[0]), maybe(grad[1]), maybe(grad[2]), saved[0], maybe(saved[1]), maybe(saved[2]),
                          saved[3], saved[4], maybe(saved[5]), maybe(saved[6]), maybe(saved[7]), maybe(saved[8]),
                          maybe(saved[9]), maybe(saved[10]), ctx->saved_data["reverse"].toBool(), saved[11], saved[12],
-                         saved[13], needs);
+                         saved[13], needs, grad.size() > 3 ? maybe(grad[3]) : std::nullopt);
     };
     // With create_graph the call is itself differentiable (ops.py); else autograd is skipped.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below;
@@ -493,7 +521,7 @@ class Autograd : public torch::autograd::Function<Autograd> {
     std::apply(
         [&](const auto&... g) {
           int i = 0;
-          ((result[1 + i] = needs[i] ? g : Tensor(), ++i), ...);
+          ((result[kFirst + i] = needs[i] ? g : Tensor(), ++i), ...);
         },
         gradients);
     return result;
@@ -504,15 +532,28 @@ bool requires_grad(const MaybeTensor& t) {
   return has(t) && t->requires_grad();
 }
 
+bool any_requires_grad(RNNFAST_ARGUMENTS) {
+  return at::GradMode::is_enabled() &&
+         (input.requires_grad() || requires_grad(h0) || requires_grad(c0) || weight_ih.requires_grad() ||
+          weight_hh.requires_grad() || requires_grad(bias_ih) || requires_grad(bias_hh) || requires_grad(weight_hr));
+}
+
 Outputs autograd_cell(int64_t index, RNNFAST_ARGUMENTS) {
-  if (at::GradMode::is_enabled() &&
-      (input.requires_grad() || requires_grad(h0) || requires_grad(c0) || weight_ih.requires_grad() ||
-       weight_hh.requires_grad() || requires_grad(bias_ih) || requires_grad(bias_hh) || requires_grad(weight_hr))) {
-    const variable_list out = Autograd::apply(index, RNNFAST_PASS);
+  if (any_requires_grad(RNNFAST_PASS)) {
+    const variable_list out = Autograd::apply(index, false, RNNFAST_PASS);
     return {out[0], out[1], out[2]};
   }
   at::AutoDispatchBelowADInplaceOrView below;
   return Operators::of(index).cell.call(RNNFAST_PASS);
+}
+
+OutputsAllC autograd_cell_all_c(int64_t index, RNNFAST_ARGUMENTS) {
+  if (any_requires_grad(RNNFAST_PASS)) {
+    const variable_list out = Autograd::apply(index, true, RNNFAST_PASS);
+    return {out[0], out[1], out[2], out[3]};
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return Operators::of(index).cell_all_c->call(RNNFAST_PASS);
 }
 
 }  // namespace
@@ -527,11 +568,20 @@ TORCH_LIBRARY(rnnfast, m) {
            ") -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, Tensor hidden)")
               .c_str(),
           tags);
+    if (table.cells[i].has_cell) {
+      m.def((name + "_all_c(" + arguments + ") -> (Tensor output, Tensor h_n, Tensor c_n, Tensor all_c)").c_str(),
+            tags);
+      m.def(("_" + name + "_all_c_forward(" + arguments +
+             ") -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, Tensor hidden, Tensor all_c)")
+                .c_str(),
+            tags);
+    }
     std::string required = arguments;  // in front of the last arguments none may have a default
     for (const char* value : {"=None", "=False"})
       for (size_t at; (at = required.find(value)) != std::string::npos;) required.erase(at, std::string(value).size());
     m.def(("_" + name + "_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, " + required +
-           ", Tensor gates, Tensor cells, Tensor hidden, bool[8] needs) -> (Tensor grad_input, Tensor grad_h0, "
+           ", Tensor gates, Tensor cells, Tensor hidden, bool[8] needs, Tensor? grad_all_c=None) -> "
+           "(Tensor grad_input, Tensor grad_h0, "
            "Tensor grad_c0, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, Tensor grad_bias_hh, "
            "Tensor grad_weight_hr)")
               .c_str(),
@@ -544,23 +594,39 @@ TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   for (int i = 0; i < table.num_cells; ++i) {
     const std::string name = table.cells[i].name;
     m.impl(name.c_str(), [i](RNNFAST_ARGUMENTS) {
-      const auto out = Call(i, RNNFAST_PASS).forward(false);
+      const auto out = Call(i, RNNFAST_PASS).forward(false, false);
       return Outputs(std::get<0>(out), std::get<1>(out), std::get<2>(out));
     });
-    m.impl(("_" + name + "_forward").c_str(), [i](RNNFAST_ARGUMENTS) { return Call(i, RNNFAST_PASS).forward(true); });
-    m.impl(
-        ("_" + name + "_backward").c_str(),
-        [i](const MaybeTensor& grad_output, const MaybeTensor& grad_h_n, const MaybeTensor& grad_c_n, RNNFAST_ARGUMENTS,
-            const Tensor& gates, const Tensor& cells, const Tensor& hidden, std::array<bool, kNumGradients> needs) {
-          return Call(i, RNNFAST_PASS).backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs);
-        });
+    m.impl(("_" + name + "_forward").c_str(), [i](RNNFAST_ARGUMENTS) {
+      auto [output, h_n, c_n, gates, cells, hidden, all_c] = Call(i, RNNFAST_PASS).forward(true, false);
+      return SavingOutputs(output, h_n, c_n, gates, cells, hidden);
+    });
+    if (table.cells[i].has_cell) {
+      m.impl((name + "_all_c").c_str(), [i](RNNFAST_ARGUMENTS) {
+        const auto out = Call(i, RNNFAST_PASS).forward(false, true);
+        return OutputsAllC(std::get<0>(out), std::get<1>(out), std::get<2>(out), std::get<6>(out));
+      });
+      m.impl(("_" + name + "_all_c_forward").c_str(),
+             [i](RNNFAST_ARGUMENTS) { return Call(i, RNNFAST_PASS).forward(true, true); });
+    }
+    m.impl(("_" + name + "_backward").c_str(), [i](const MaybeTensor& grad_output, const MaybeTensor& grad_h_n,
+                                                   const MaybeTensor& grad_c_n, RNNFAST_ARGUMENTS, const Tensor& gates,
+                                                   const Tensor& cells, const Tensor& hidden,
+                                                   std::array<bool, kNumGradients> needs,
+                                                   const MaybeTensor& grad_all_c) {
+      return Call(i, RNNFAST_PASS).backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c);
+    });
   }
 }
 
 TORCH_LIBRARY_IMPL(rnnfast, Autograd, m) {
   const DriverTable& table = drivers();
-  for (int64_t i = 0; i < table.num_cells; ++i)
-    m.impl(table.cells[i].name, [i](RNNFAST_ARGUMENTS) { return autograd_cell(i, RNNFAST_PASS); });
+  for (int64_t i = 0; i < table.num_cells; ++i) {
+    const std::string name = table.cells[i].name;
+    m.impl(name.c_str(), [i](RNNFAST_ARGUMENTS) { return autograd_cell(i, RNNFAST_PASS); });
+    if (table.cells[i].has_cell)
+      m.impl((name + "_all_c").c_str(), [i](RNNFAST_ARGUMENTS) { return autograd_cell_all_c(i, RNNFAST_PASS); });
+  }
 }
 
 }  // namespace rnnfast

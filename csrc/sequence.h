@@ -81,6 +81,7 @@ struct SequenceParams {
   const T* w_hr;                       // [P, H]
 
   Rows<T> output;  // [T, N, P], = ; forward only
+  Rows<T> all_c;   // [T, N, H], = ; forward only
   T *h_n, *c_n;    // [N, P], [N, H], =
   T* gates;        // [R, blocks(H), slots, kBlock], kept for backward
   T* cells;        // [R, blocks(H) * kBlock], kept for backward by cells with c
@@ -88,6 +89,7 @@ struct SequenceParams {
 
   // backward; each gradient is written with =, none is read
   Rows<const T> doutput;                     // [T, N, P]
+  Rows<const T> dall_c;                      // [T, N, H]
   const T *dh_n, *dc_n;                      // [N, P], [N, H]
   Rows<T> dinput;                            // [T, N, I]
   T *dh0, *dc0;                              // [N, P], [N, H]

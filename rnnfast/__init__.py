@@ -6,7 +6,9 @@
 
 ``RNN``, ``GRU``, ``LSTM``, ``RNNCell``, ``GRUCell`` and ``LSTMCell`` take the place of torch.nn's classes of those
 names. ``ops`` holds the functions behind them, ``reference`` the same in plain PyTorch, ``explain`` says which kernel a
-call takes and why. ``python -m rnnfast`` describes the installation and checks it.
+call takes and why. ``convert(model)`` gives the layers of a model our classes in place, ``revert`` takes it back, and
+``patch_torch`` puts our classes into torch.nn for programs that one cannot edit. ``python -m rnnfast`` describes the
+installation and checks it.
 """
 
 import importlib
@@ -50,21 +52,26 @@ except ModuleNotFoundError as error:
 
 from rnnfast import ops, reference
 from rnnfast._C import get_isa, set_isa, supported_isas
+from rnnfast.convert import Conversion, convert, patch_torch, revert
 from rnnfast.modules import GRU, LSTM, RNN, Explanation, GRUCell, LSTMCell, RNNCell, explain
 
 __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Conversion",
     "Explanation",
     "GRUCell",
     "LSTMCell",
     "RNNCell",
     "__version__",
+    "convert",
     "explain",
     "get_isa",
     "ops",
+    "patch_torch",
     "reference",
+    "revert",
     "set_isa",
     "supported_isas",
 ]

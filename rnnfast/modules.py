@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar, overload
+from typing import Any, Literal, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -28,20 +28,27 @@ from rnnfast import _C
 __all__ = ["GRU", "LSTM", "RNN", "Explanation", "GRUCell", "LSTMCell", "LayerPlan", "RNNCell", "explain"]
 
 _States = tuple[Tensor, Tensor]
+_Lengths = Tensor | Sequence[int]
 _Op = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 _CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "GRU": "gru", "LSTM": "lstm"}
 _OP_OF_MODE: dict[str, _Op] = {mode: getattr(torch.ops.rnnfast, cell).default for mode, cell in _CELL_OF_MODE.items()}
 _LSTM_OP, _GRU_OP = _OP_OF_MODE["LSTM"], _OP_OF_MODE["GRU"]
+_LSTM_ALL_C_OP: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = torch.ops.rnnfast.lstm_all_c.default
 _RNN_OP_OF_NONLINEARITY = {"tanh": _OP_OF_MODE["RNN_TANH"], "relu": _OP_OF_MODE["RNN_RELU"]}
 _any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+# torch.nn's own classes, also while patch_torch() has put ours in their place.
+_TorchRNN, _TorchGRU, _TorchLSTM = torch.nn.RNN, torch.nn.GRU, torch.nn.LSTM
+_TorchRNNCell, _TorchGRUCell, _TorchLSTMCell = torch.nn.RNNCell, torch.nn.GRUCell, torch.nn.LSTMCell
 _NUM_GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}
 
 
 # --- The way of a call through RNN, GRU and LSTM ----------------------------------------------------------------------
 
 
-def _forward(layer: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any]:
+def _forward(
+    layer: torch.nn.RNNBase, input: Any, hx: Any, resets: Any, lengths: Any, return_cells: bool = False
+) -> tuple[Any, ...]:
     """All of ``forward`` for the three layers: layers times directions, one op call each."""
     mode = layer.mode
     sorted_indices = unsorted_indices = batch_sizes = None
@@ -50,6 +57,8 @@ def _forward(layer: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any]:
         steps, batch_sizes, sorted_indices, unsorted_indices = input
         batch = _packed_batch(steps, batch_sizes)
         ndim = 3
+        if resets is not None or lengths is not None:
+            _refuse_with_packed(mode, resets)
     else:
         if not isinstance(input, Tensor):
             raise TypeError(f"{_kind(mode)}: input must be a Tensor or a PackedSequence, got {type(input).__name__}")
@@ -70,6 +79,11 @@ def _forward(layer: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any]:
         raise RuntimeError(
             f"input.size(-1) must be equal to input_size. Expected {layer.input_size}, got {steps.shape[-1]}"
         )
+
+    if resets is not None:
+        resets = _steps_of_resets(mode, resets, input, layer.batch_first)
+    if lengths is not None:
+        lengths = _checked_lengths(mode, lengths, ndim, num_steps, batch)
 
     names_of_layers = layer._all_weights
     hidden_size, bias, proj_size = layer.hidden_size, layer.bias, layer.proj_size
@@ -115,20 +129,26 @@ def _forward(layer: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any]:
         _refuse_state_dtype(mode, steps, h0, c0)
 
     output: Any
-    output, h_n, c_n = _run_layers(layer, steps, h0, c0, weights, batch_sizes)
+    output, h_n, c_n, cells = _run_layers(layer, steps, h0, c0, weights, (batch_sizes, lengths, resets), return_cells)
 
     if output_dtype is not None:
         output, h_n = output.to(output_dtype), h_n.to(output_dtype)
     if packed:
         output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        if return_cells:
+            cells = PackedSequence(cells, batch_sizes, sorted_indices, unsorted_indices)
         if unsorted_indices is not None:
             h_n = h_n.index_select(1, unsorted_indices)
             c_n = None if c_n is None else c_n.index_select(1, unsorted_indices)
     elif ndim == 2:
         output, h_n = output.squeeze(1), h_n.squeeze(1)
         c_n = None if c_n is None else c_n.squeeze(1)
+        cells = None if cells is None else cells.squeeze(1)
     elif layer.batch_first:
         output = output.transpose(0, 1)
+        cells = None if cells is None else cells.transpose(0, 1)
+    if return_cells:
+        return output, (h_n, c_n), cells
     return output, (h_n if c_n is None else (h_n, c_n))
 
 
@@ -138,12 +158,14 @@ def _run_layers(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[tuple[Any, ...]],
-    batch_sizes: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    bounds: tuple[Tensor | None, Tensor | None, Tensor | None],
+    return_cells: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Any]:
     """Stack the layers and directions.
 
-    Takes steps ``[T, N, I]`` or ``[rows, I]``, h0 ``[L*D, N, P]`` and c0 ``[L*D, N, H]``; gives output with last
-    dimension ``D*P``, h_n like h0, and c_n like c0 or, for a cell with one state, None.
+    Takes steps ``[T, N, I]`` or ``[rows, I]``, h0 ``[L*D, N, P]``, c0 ``[L*D, N, H]`` and, as ``bounds``, the op's
+    batch_sizes, lengths and resets; gives output with last dimension ``D*P``, h_n like h0, c_n like c0 or, for a cell
+    with one state, None, and with ``return_cells`` the last layer's c of all steps, last dimension ``D*H``, else None.
     """
     mode = layer.mode
     op = _OP_OF_MODE[mode]
@@ -159,12 +181,17 @@ def _run_layers(
         for i in range(0, len(weights), directions):
             if dropout != 0 and i > 0:
                 steps = torch.dropout(steps, dropout, True)
-            outputs = []
+            outputs, cells = [], []
+            wants_cells = return_cells and i + directions == len(weights)
             for d in range(i, i + directions):
                 five = weights[d]
                 if five[1].shape[0] != gate_size:  # the op cannot know hidden_size: it would take the weights' word
                     _refuse_weights(layer)
-                output, h_n, c_n = op(steps, h0s[d], c0s[d], *five, batch_sizes, None, None, d > i)
+                if wants_cells:
+                    output, h_n, c_n, all_c = _LSTM_ALL_C_OP(steps, h0s[d], c0s[d], *five, *bounds, d > i)
+                    cells.append(all_c)
+                else:
+                    output, h_n, c_n = op(steps, h0s[d], c0s[d], *five, *bounds, d > i)
                 outputs.append(output)
                 h_ns.append(h_n)
                 c_ns.append(c_n)
@@ -172,9 +199,10 @@ def _run_layers(
     except (RuntimeError, ValueError, TypeError, IndexError):
         _refuse_weights(layer)  # names the parameter, where a parameter is at fault; else the op's own words
         raise
+    all_cells = None if not return_cells else cells[0] if directions == 1 else torch.cat(cells, -1)
     if len(h_ns) == 1:
-        return steps, h_n.unsqueeze(0), c_n.unsqueeze(0) if op is _LSTM_OP else None
-    return steps, torch.stack(h_ns), torch.stack(c_ns) if op is _LSTM_OP else None
+        return steps, h_n.unsqueeze(0), c_n.unsqueeze(0) if op is _LSTM_OP else None, all_cells
+    return steps, torch.stack(h_ns), torch.stack(c_ns) if op is _LSTM_OP else None, all_cells
 
 
 def _weights(layer: torch.nn.RNNBase, names: Sequence[str], bias: bool, proj_size: int) -> tuple[Any, ...]:
@@ -202,6 +230,56 @@ def _packed_batch(steps: Tensor, batch_sizes: Tensor) -> int:
     if batch_sizes.numel() == 0:
         raise IndexError("input.batch_sizes of the PackedSequence must name at least one step, got none")
     return int(batch_sizes[0])
+
+
+def _steps_of_resets(mode: str, resets: Any, input: Tensor, batch_first: bool) -> Tensor:
+    """The resets as the op takes them, ``[T, N]``, or an exception."""
+    kind = _kind(mode)
+    if not isinstance(resets, Tensor):
+        raise TypeError(f"{kind}: resets must be a bool Tensor, got {type(resets).__name__}")
+    if resets.dtype != torch.bool:
+        raise ValueError(f"{kind}: resets must be of torch.bool, got {resets.dtype}. Convert it: resets.bool()")
+    if resets.shape != input.shape[:-1]:
+        letters = "[T]" if input.dim() == 2 else "[N, T] (batch_first)" if batch_first else "[T, N]"
+        raise ValueError(
+            f"{kind}: resets must have the shape {letters} = {tuple(input.shape[:-1])} of the input, "
+            f"got {tuple(resets.shape)}"
+        )
+    if resets.device != input.device:
+        raise ValueError(
+            f"{kind}: resets must be at the input's device, {input.device}, got {resets.device}. "
+            "Convert it: resets.to(input.device)"
+        )
+    if input.dim() == 2:
+        return resets.unsqueeze(1)
+    return resets.transpose(0, 1) if batch_first else resets
+
+
+def _checked_lengths(mode: str, lengths: Any, input_ndim: int, num_steps: int, batch: int) -> Tensor:
+    """The lengths as the op takes them, int64 ``[N]`` on the CPU, or an exception."""
+    kind = _kind(mode)
+    if input_ndim == 2:
+        raise ValueError(f"{kind}: lengths need a batch, but the input is 2-D (unbatched): cut off its padding instead")
+    if not isinstance(lengths, Tensor):
+        try:
+            lengths = torch.as_tensor(lengths) if len(lengths) else torch.empty(0, dtype=torch.int64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{kind}: lengths must be {batch} integers, [N], got {lengths!r}") from error
+    if lengths.dtype == torch.bool or lengths.is_floating_point() or lengths.is_complex():
+        raise ValueError(f"{kind}: lengths must be integers, got {lengths.dtype}. Convert it: lengths.long()")
+    if lengths.shape != (batch,):
+        raise ValueError(f"{kind}: lengths must have the shape [N] = ({batch},), got {tuple(lengths.shape)}")
+    if lengths.is_meta:
+        raise ValueError(f"{kind}: lengths must have values, got a tensor at meta")
+    counts: Tensor = lengths.to("cpu", torch.int64)
+    if not torch.compiler.is_compiling() and batch:  # tracing has no values; the op checks them again
+        low, high = (int(value) for value in counts.aminmax())
+        if low < 0 or high > num_steps:
+            raise ValueError(
+                f"{kind}: lengths must be from 0 to T = {num_steps}, the steps of the input, "
+                f"got {low if low < 0 else high}"
+            )
+    return counts
 
 
 def _check_state(
@@ -275,6 +353,18 @@ def _kind(mode: str) -> str:
 def _refuse_pair(kind: str, hx: Any) -> NoReturn:
     what = f"{len(hx)} values" if isinstance(hx, (tuple, list)) else type(hx).__name__
     raise TypeError(f"{kind}: hx must be a pair (h_0, c_0) of Tensors, got {what}")
+
+
+def _refuse_with_packed(mode: str, resets: Any) -> NoReturn:
+    if resets is None:
+        raise ValueError(
+            f"{_kind(mode)}: lengths do not go with a PackedSequence, which already says them: leave them out, "
+            "or give the padded Tensor with its lengths"
+        )
+    raise ValueError(
+        f"{_kind(mode)}: resets do not go with a PackedSequence: give the padded Tensor, with lengths= if sequences "
+        "are of different length (torch.nn.utils.rnn.pad_packed_sequence makes both)"
+    )
 
 
 def _refuse_input_dtype(given: torch.dtype, weight: torch.dtype) -> NoReturn:
@@ -502,30 +592,39 @@ class RNN(torch.nn.RNN):
     Call with input ``[T, N, I]``, ``[T, I]`` or a PackedSequence, and hx ``[L*D, N, H]`` (``[L*D, H]`` for 2-D input)
     or None for zeros. Gives output ``[T, N, D*H]`` (``[T, D*H]``; a PackedSequence) and h_n in the shape of hx.
 
+    ``resets``, bool ``[T, N]`` (``[N, T]`` with batch_first, ``[T]`` for 2-D input), at the input's device: where true,
+    a new sequence begins at that step. The state is zero before it, and in the reverse direction, which meets the same
+    boundary from the other side, after it. ``lengths``, ``[N]`` integers from 0 to ``T`` in any order (a Tensor
+    anywhere, or a list): outputs are zero past a sequence's length, its final states are those of its last real step
+    (its initial ones for length 0), and the reverse direction starts there; what the input holds past it is not read.
+
     Inference saves nothing for the backward pass. Training saves, besides arguments and outputs, 1 number per step,
     sequence and unit in the accumulating dtype (4 bytes; 8 in float64).
 
     Raises:
-        ValueError: input of the wrong rank, or of another dtype than the weights.
+        ValueError: input of the wrong rank, or of another dtype than the weights; resets or lengths of the wrong shape,
+            dtype, device or range, with a PackedSequence, or lengths for 2-D input.
         RuntimeError: input or hx of the wrong size, hx or a weight of the wrong dtype, device or shape, no steps.
-        TypeError: input or hx that is not a tensor.
+        TypeError: input, hx or resets that are not a tensor.
     """
 
     @overload
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, *, resets: Tensor | None = None, lengths: _Lengths | None = None
+    ) -> tuple[Tensor, Tensor]: ...
     @overload
     def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    def forward(self, input: Any, hx: Any = None, *, resets: Any = None, lengths: Any = None) -> Any:
         """Run the layer over a sequence; see the class."""
-        return _forward(self, input, hx)
+        return _forward(self, input, hx, resets, lengths)
 
     def to_torch(self) -> torch.nn.RNN:
         """Give the torch.nn.RNN that shares parameters and hooks; methods of a subclass stay behind."""
-        return _as_stock(self, torch.nn.RNN)
+        return _as_stock(self, _TorchRNN)
 
     def __prepare_scriptable__(self) -> torch.nn.RNN:
         """Give torch.jit.script the stock module: it compiles Python source, of which our forward is not the kind."""
-        return _as_stock(self, torch.nn.RNN)
+        return _as_stock(self, _TorchRNN)
 
 
 class GRU(torch.nn.GRU):
@@ -555,31 +654,40 @@ class GRU(torch.nn.GRU):
     Call with input ``[T, N, I]``, ``[T, I]`` or a PackedSequence, and hx ``[L*D, N, H]`` (``[L*D, H]`` for 2-D input)
     or None for zeros. Gives output ``[T, N, D*H]`` (``[T, D*H]``; a PackedSequence) and h_n in the shape of hx.
 
+    ``resets``, bool ``[T, N]`` (``[N, T]`` with batch_first, ``[T]`` for 2-D input), at the input's device: where true,
+    a new sequence begins at that step. The state is zero before it, and in the reverse direction, which meets the same
+    boundary from the other side, after it. ``lengths``, ``[N]`` integers from 0 to ``T`` in any order (a Tensor
+    anywhere, or a list): outputs are zero past a sequence's length, its final states are those of its last real step
+    (its initial ones for length 0), and the reverse direction starts there; what the input holds past it is not read.
+
     Inference saves nothing for the backward pass. Training saves, besides arguments and outputs, 5 numbers per step,
     sequence and unit in the accumulating dtype (20 bytes; 40 in float64): three gates, the recurrent part of the
     candidate, the state.
 
     Raises:
-        ValueError: input of the wrong rank, or of another dtype than the weights.
+        ValueError: input of the wrong rank, or of another dtype than the weights; resets or lengths of the wrong shape,
+            dtype, device or range, with a PackedSequence, or lengths for 2-D input.
         RuntimeError: input or hx of the wrong size, hx or a weight of the wrong dtype, device or shape, no steps.
-        TypeError: input or hx that is not a tensor.
+        TypeError: input, hx or resets that are not a tensor.
     """
 
     @overload
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, *, resets: Tensor | None = None, lengths: _Lengths | None = None
+    ) -> tuple[Tensor, Tensor]: ...
     @overload
     def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    def forward(self, input: Any, hx: Any = None, *, resets: Any = None, lengths: Any = None) -> Any:
         """Run the layer over a sequence; see the class."""
-        return _forward(self, input, hx)
+        return _forward(self, input, hx, resets, lengths)
 
     def to_torch(self) -> torch.nn.GRU:
         """Give the torch.nn.GRU that shares parameters and hooks; methods of a subclass stay behind."""
-        return _as_stock(self, torch.nn.GRU)
+        return _as_stock(self, _TorchGRU)
 
     def __prepare_scriptable__(self) -> torch.nn.GRU:
         """Give torch.jit.script the stock module: it compiles Python source, of which our forward is not the kind."""
-        return _as_stock(self, torch.nn.GRU)
+        return _as_stock(self, _TorchGRU)
 
 
 class LSTM(torch.nn.LSTM):
@@ -614,31 +722,67 @@ class LSTM(torch.nn.LSTM):
     ``[L*D, N, H]``), without ``N`` for 2-D input, or None for zeros. Gives output ``[T, N, D*P]`` (``[T, D*P]``; a
     PackedSequence) and the pair (h_n, c_n) in the shapes of hx.
 
+    ``resets``, bool ``[T, N]`` (``[N, T]`` with batch_first, ``[T]`` for 2-D input), at the input's device: where true,
+    a new sequence begins at that step. The state is zero before it, and in the reverse direction, which meets the same
+    boundary from the other side, after it. ``lengths``, ``[N]`` integers from 0 to ``T`` in any order (a Tensor
+    anywhere, or a list): outputs are zero past a sequence's length, its final states are those of its last real step
+    (its initial ones for length 0), and the reverse direction starts there; what the input holds past it is not read.
+
+    With ``return_cells`` a third result is the cell state c of all steps of the last layer, ``[T, N, D*H]`` in the form
+    of the output (zero past ``lengths``), differentiable as the others.
+
     Inference saves nothing for the backward pass. Training saves, besides arguments and outputs, 5 numbers per step,
     sequence and unit in the accumulating dtype (20 bytes; 40 in float64): four gates and the cell state; with a
     projection also the projected state.
 
     Raises:
-        ValueError: input of the wrong rank, or of another dtype than the weights.
+        ValueError: input of the wrong rank, or of another dtype than the weights; resets or lengths of the wrong shape,
+            dtype, device or range, with a PackedSequence, or lengths for 2-D input.
         RuntimeError: input or hx of the wrong size, hx or a weight of the wrong dtype, device or shape, no steps.
-        TypeError: input that is not a tensor, hx that is not a pair of tensors.
+        TypeError: input or resets that are not a tensor, hx that is not a pair of tensors.
     """
 
     @overload
-    def forward(self, input: Tensor, hx: _States | None = None) -> tuple[Tensor, _States]: ...
+    def forward(
+        self,
+        input: Tensor,
+        hx: _States | None = None,
+        *,
+        resets: Tensor | None = None,
+        lengths: _Lengths | None = None,
+        return_cells: Literal[False] = False,
+    ) -> tuple[Tensor, _States]: ...
     @overload
-    def forward(self, input: PackedSequence, hx: _States | None = None) -> tuple[PackedSequence, _States]: ...
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    def forward(
+        self,
+        input: Tensor,
+        hx: _States | None = None,
+        *,
+        resets: Tensor | None = None,
+        lengths: _Lengths | None = None,
+        return_cells: Literal[True],
+    ) -> tuple[Tensor, _States, Tensor]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: _States | None = None, *, return_cells: Literal[False] = False
+    ) -> tuple[PackedSequence, _States]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: _States | None = None, *, return_cells: Literal[True]
+    ) -> tuple[PackedSequence, _States, PackedSequence]: ...
+    def forward(
+        self, input: Any, hx: Any = None, *, resets: Any = None, lengths: Any = None, return_cells: bool = False
+    ) -> Any:
         """Run the layer over a sequence; see the class."""
-        return _forward(self, input, hx)
+        return _forward(self, input, hx, resets, lengths, return_cells)
 
     def to_torch(self) -> torch.nn.LSTM:
         """Give the torch.nn.LSTM that shares parameters and hooks; methods of a subclass stay behind."""
-        return _as_stock(self, torch.nn.LSTM)
+        return _as_stock(self, _TorchLSTM)
 
     def __prepare_scriptable__(self) -> torch.nn.LSTM:
         """Give torch.jit.script the stock module: it compiles Python source, of which our forward is not the kind."""
-        return _as_stock(self, torch.nn.LSTM)
+        return _as_stock(self, _TorchLSTM)
 
 
 class RNNCell(torch.nn.RNNCell):
@@ -671,11 +815,11 @@ class RNNCell(torch.nn.RNNCell):
 
     def to_torch(self) -> torch.nn.RNNCell:
         """Give the torch.nn.RNNCell that shares parameters and hooks; methods of a subclass stay behind."""
-        return _as_stock(self, torch.nn.RNNCell)
+        return _as_stock(self, _TorchRNNCell)
 
     def __prepare_scriptable__(self) -> torch.nn.RNNCell:
         """Give torch.jit.script the stock module: it compiles Python source, of which our forward is not the kind."""
-        return _as_stock(self, torch.nn.RNNCell)
+        return _as_stock(self, _TorchRNNCell)
 
 
 class GRUCell(torch.nn.GRUCell):
@@ -708,11 +852,11 @@ class GRUCell(torch.nn.GRUCell):
 
     def to_torch(self) -> torch.nn.GRUCell:
         """Give the torch.nn.GRUCell that shares parameters and hooks; methods of a subclass stay behind."""
-        return _as_stock(self, torch.nn.GRUCell)
+        return _as_stock(self, _TorchGRUCell)
 
     def __prepare_scriptable__(self) -> torch.nn.GRUCell:
         """Give torch.jit.script the stock module: it compiles Python source, of which our forward is not the kind."""
-        return _as_stock(self, torch.nn.GRUCell)
+        return _as_stock(self, _TorchGRUCell)
 
 
 class LSTMCell(torch.nn.LSTMCell):
@@ -752,11 +896,11 @@ class LSTMCell(torch.nn.LSTMCell):
 
     def to_torch(self) -> torch.nn.LSTMCell:
         """Give the torch.nn.LSTMCell that shares parameters and hooks; methods of a subclass stay behind."""
-        return _as_stock(self, torch.nn.LSTMCell)
+        return _as_stock(self, _TorchLSTMCell)
 
     def __prepare_scriptable__(self) -> torch.nn.LSTMCell:
         """Give torch.jit.script the stock module: it compiles Python source, of which our forward is not the kind."""
-        return _as_stock(self, torch.nn.LSTMCell)
+        return _as_stock(self, _TorchLSTMCell)
 
 
 # --- Which kernel a call takes ----------------------------------------------------------------------------------------

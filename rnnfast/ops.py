@@ -10,7 +10,7 @@ projection), ``G`` gates (1 for the plain RNN, 3 for GRU, 4 for LSTM). Last dime
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rnnfast import _C, reference
 
-__all__ = ["gru", "lstm", "rnn_relu", "rnn_tanh"]
+__all__ = ["gru", "lstm", "lstm_all_c", "rnn_relu", "rnn_tanh"]
 
 _CELLS: dict[str, dict[str, Any]] = {cell["name"]: cell for cell in _C.cells()}
 
@@ -68,6 +68,35 @@ def lstm(
         input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, lengths, resets, reverse
     )
     return output, h_n, c_n
+
+
+def lstm_all_c(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    weight_hr: Tensor | None = None,
+    *,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run one LSTM layer in one direction and return the cell state of all steps too.
+
+    Arguments and errors are those of :func:`lstm`.
+
+    Returns:
+        output, h_n and c_n as :func:`lstm`, and c ``[T, N, H]`` in the form of output (``[rows, H]``, ``[N, H]``; zero
+        past ``lengths``).
+    """
+    output, h_n, c_n, all_c = torch.ops.rnnfast.lstm_all_c.default(
+        input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, lengths, resets, reverse
+    )
+    return output, h_n, c_n, all_c
 
 
 def gru(
@@ -279,9 +308,10 @@ def _register_fakes(cell: str) -> None:
         cells: Tensor,
         hidden: Tensor,
         needs: Sequence[bool],
+        grad_all_c: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         primals = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
-        grads = {"grad_output": grad_output, "grad_h_n": grad_h_n, "grad_c_n": grad_c_n}
+        grads = {"grad_output": grad_output, "grad_h_n": grad_h_n, "grad_c_n": grad_c_n, "grad_all_c": grad_all_c}
         check(primals, batch_sizes, lengths, resets, **grads, gates=gates, cells=cells, hidden=hidden)
         return tuple(
             input.new_empty(primal.shape if needed and primal is not None else [0])
@@ -291,6 +321,20 @@ def _register_fakes(cell: str) -> None:
     torch.library.register_fake(f"rnnfast::{cell}", forward)
     torch.library.register_fake(f"rnnfast::_{cell}_forward", forward_and_save)
     torch.library.register_fake(f"rnnfast::_{cell}_backward", backward)
+    if _CELLS[cell]["num_states"] == 1:
+        return
+
+    def with_all_c(plain: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+        """The fake of the same op that returns all_c too."""
+
+        def fake(input: Tensor, *others: Any, **named: Any) -> tuple[Tensor, ...]:
+            outputs = plain(input, *others, **named)
+            return (*outputs, input.new_empty([*input.shape[:-1], outputs[2].shape[1]]))
+
+        return fake
+
+    torch.library.register_fake(f"rnnfast::{cell}_all_c", with_all_c(forward))
+    torch.library.register_fake(f"rnnfast::_{cell}_all_c_forward", with_all_c(forward_and_save))
 
 
 # --- The derivative of the backward ops, by running the reference again -----------------------------------------------
@@ -311,18 +355,18 @@ def _register_double_backward(cell: str) -> None:
     scan = getattr(reference, cell)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        # grad_output, grad_h_n, grad_c_n; the eight differentiable arguments; batch_sizes, lengths, resets.
-        ctx.save_for_backward(*inputs[:14])
+        # grad_output, grad_h_n, grad_c_n; the eight differentiable arguments; batch_sizes, lengths, resets; grad_all_c.
+        ctx.save_for_backward(*inputs[:14], inputs[19])
         ctx.reverse, ctx.needs = inputs[14], inputs[18]
 
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
         create_graph = torch.is_grad_enabled()
         saved = ctx.saved_tensors
         with torch.enable_grad():
-            grads = [_alias(tensor) for tensor in saved[:3]]
+            grads = [_alias(tensor) for tensor in (*saved[:3], saved[14])]
             primals = [_alias(tensor) for tensor in saved[3:11]]
-            outputs = scan(*primals, *saved[11:14], ctx.reverse)
-            used = [(o, grad) for o, grad in zip(outputs, grads, strict=True) if grad is not None and o.requires_grad]
+            outputs = scan(*primals, *saved[11:14], ctx.reverse, with_all_c=grads[3] is not None)
+            used = [(o, grad) for o, grad in zip(outputs, grads, strict=False) if grad is not None and o.requires_grad]
             wanted = [
                 (primal, grad_grad)
                 for primal, grad_grad, needed in zip(primals, grad_grads, ctx.needs, strict=True)
@@ -340,9 +384,9 @@ def _register_double_backward(cell: str) -> None:
             for first, (_, grad_grad) in zip(firsts, wanted, strict=True)
             if first is not None and first.requires_grad
         ]
-        sources = [(i, source) for i, source in enumerate([*grads, *primals]) if source is not None]
-        targets = [(i, source) for i, source in sources if ctx.needs_input_grad[i]]
-        result: list[Tensor | None] = [None] * 19
+        sources = [*enumerate([*grads[:3], *primals]), (19, grads[3])]
+        targets = [(i, source) for i, source in sources if source is not None and ctx.needs_input_grad[i]]
+        result: list[Tensor | None] = [None] * 20
         if pairs and targets:
             seconds = torch.autograd.grad(
                 [first for first, _ in pairs],
@@ -353,7 +397,7 @@ def _register_double_backward(cell: str) -> None:
             )
             for (i, _), second in zip(targets, seconds, strict=True):
                 result[i] = second
-        return tuple(result)
+        return tuple(result[: len(ctx.needs_input_grad)])  # a last argument left at its default is not passed
 
     torch.library.register_autograd(f"rnnfast::_{cell}_backward", backward, setup_context=setup_context)
 

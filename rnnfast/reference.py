@@ -55,7 +55,8 @@ class Cell:
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         reverse: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        with_all_c: bool = False,
+    ) -> tuple[Tensor, ...]:
         """Scan the cell over the sequence.
 
         Args:
@@ -73,10 +74,12 @@ class Cell:
             resets: bool ``[T, N]``. Where true there is a boundary between ``t - 1`` and ``t``: no state crosses it,
                 in either direction. Boundaries in the padding mean nothing.
             reverse: walk time backwards; every output stays at its own step.
+            with_all_c: also return c of all steps, as ``torch.ops.rnnfast.<name>_all_c`` does; only for a cell with two
+                states.
 
         Returns:
             output ``[T, N, P]`` (``[rows, P]``, ``[N, P]``), ``h_n`` ``[N, P]``, ``c_n`` ``[N, H]`` (``[0]`` for a cell
-            with one state).
+            with one state); with ``with_all_c`` also c ``[T, N, H]`` in the form of output.
         """
         rows = None
         single_step = batch_sizes is None and input.dim() == 2
@@ -106,23 +109,25 @@ class Cell:
         state: tuple[Tensor, ...] = (h, c)[: self.num_states]
 
         gates_x = F.linear(input, weight_ih, bias_ih)  # [T, N, G*H], one product over all steps
-        outputs = [h] * steps
+        states = [state] * steps
         for t in reversed(range(steps)) if reverse else range(steps):
             old = state if resets is None else tuple(s.masked_fill(resets[t], 0.0) for s in state)
             new = self.formula(gates_x[t], F.linear(old[0], weight_hh, bias_hh), *old)
             if weight_hr is not None:
                 new = (F.linear(new[0], weight_hr), *new[1:])
             state = new if real is None else tuple(torch.where(real[t], n, s) for n, s in zip(new, state, strict=True))
-            outputs[t] = state[0]
+            states[t] = state
 
-        output = torch.stack(outputs)
-        if real is not None:
-            output = output.masked_fill(~real, 0.0)
-        if rows is not None:
-            output = output.flatten(0, 1).index_select(0, rows)
-        elif single_step:
-            output = output.squeeze(0)
-        return output, state[0], state[1] if self.num_states == 2 else input.new_empty(0)
+        def all_steps(which: int) -> Tensor:
+            values = torch.stack([state[which] for state in states])
+            if real is not None:
+                values = values.masked_fill(~real, 0.0)
+            if rows is not None:
+                return values.flatten(0, 1).index_select(0, rows)
+            return values.squeeze(0) if single_step else values
+
+        final = (all_steps(0), state[0], state[1] if self.num_states == 2 else input.new_empty(0))
+        return (*final, all_steps(1)) if with_all_c else final
 
 
 CELLS: dict[str, Cell] = {}

@@ -26,6 +26,7 @@ cases = importlib.import_module("cases")
 measure = importlib.import_module("measure")
 layers = importlib.import_module("layers")
 language_model = importlib.import_module("language_model")
+features = importlib.import_module("features")
 readme_table = importlib.import_module("readme_table")
 
 SMALL = cases.Case("small", 5, 3, 4, 6, 2, 2, "made up for the tests")
@@ -266,7 +267,7 @@ def test_no_time_for_a_wrong_result(monkeypatch, tmp_path, capsys):
 # Arguments
 
 
-@pytest.mark.parametrize("script", [layers, language_model, readme_table])
+@pytest.mark.parametrize("script", [layers, language_model, features, readme_table])
 def test_help(script, capsys):
     with pytest.raises(SystemExit) as status:
         script.main(["--help"])
@@ -284,6 +285,8 @@ def test_help(script, capsys):
         (layers, ["--dtype", "int8"], "invalid choice: 'int8'"),
         (layers, ["--modes", "training", "sleeping"], "invalid choice: 'sleeping'"),
         (layers, ["--output", __file__], "cannot be written"),
+        (features, ["--cells", "gur"], "no cell 'gur'; choose from"),
+        (features, ["--output", __file__], "cannot be written"),
         (language_model, ["--cell", "gur"], "no cell 'gur'; choose from"),
         (language_model, ["--corpus", "moby-dick"], "'moby-dick' is neither a file nor one of the known corpora"),
         (language_model, ["--steps", "none"], "invalid positive_int value: 'none'"),
@@ -302,7 +305,7 @@ def test_argument_errors(script, arguments, message, capsys):
 
 
 @pytest.mark.skipif(bool(_C.build_info()["cuda"]), reason="this build has CUDA kernels")
-@pytest.mark.parametrize("script", [layers, language_model])
+@pytest.mark.parametrize("script", [layers, language_model, features])
 def test_cuda_is_refused_without_kernels(script, capsys):
     with pytest.raises(SystemExit) as status:
         script.main(["--device", "cuda"])
@@ -388,6 +391,31 @@ def test_layers_from_end_to_end(tmp_path):
     description = json.loads((tmp_path / "layers-quick-cpu-float32-1t.json").read_text())
     assert (description["threads"], description["dtype"]) == (1, "float32")
     assert (tmp_path / "layers-quick-cpu-float32-1t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_features_from_end_to_end(tmp_path):
+    arguments = ("--quick", "--cells", "gru", "lstm", "--modes", "training", "--seconds", "0.01", "--threads", "1")
+    done = run("features.py", *arguments, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "features-quick-cpu-float32-1t.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    common = [("resets", "plain"), ("resets", "loop"), ("lengths", "packing"), ("lengths", "plain")]
+    every = [("gru", *pair) for pair in common]
+    every += [("lstm", *pair) for pair in [*common, ("cells", "plain"), ("cells", "loop")]]
+    assert [(row["cell"], row["feature"], row["against"]) for row in rows] == every
+    assert all(row["status"] == "ok" and float(row["rnnfast_ms"]) > 0 for row in rows)
+    assert json.loads((tmp_path / "features-quick-cpu-float32-1t.json").read_text())["threads"] == 1
+
+
+def test_features_gives_no_time_for_a_wrong_result(monkeypatch, tmp_path, capsys):
+    """Where the other way resets nothing, the numbers differ."""
+    loop = features.loop_over_steps
+    monkeypatch.setattr(features, "loop_over_steps", lambda layer, x, keep, cells: loop(layer, x, None, cells))
+    monkeypatch.setattr(features, "RESET_RATE", 0.5)
+    arguments = ["--quick", "--cells", "gru", "--modes", "training", "--seconds", "0.01", "--output", str(tmp_path)]
+    assert features.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert "wrong: differs by" in captured.out and "1 of 4 rows have wrong results" in captured.err
 
 
 def test_language_model_from_end_to_end(tmp_path):

@@ -171,6 +171,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
       const T* dh = projected ? s.dh_raw + j * ld_h : carried;
       const T* dy = projected || !p.doutput.data ? nullptr : outside(p.doutput, t, j);
       T* dc = Cell::kHasCell ? s.dc + j * ld_h : nullptr;
+      const T* dall_c = Cell::kHasCell && p.dall_c.data ? outside(p.dall_c, t, j) : nullptr;
       for (int64_t v = v0; v < v1; ++v) {
         const int64_t u = v * kLanes;
         V slot[kSlots];
@@ -178,6 +179,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
         for (int i = 0; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
         V dh_v = load(dh + u), dc_v = Cell::kHasCell ? load(dc + u) : V{}, dh_prev;
         if (dy) dh_v += load_units(dy, u, H);
+        if (dall_c) dc_v += load_units(dall_c, u, H);
         Cell::backward(slot, Cell::kHidden == Hidden::kSaved ? load(h_prev + u) : V{},
                        Cell::kHasCell ? load(c_prev + u) : V{}, Cell::kHasCell ? load(c + u) : V{}, dh_v, dc_v,
                        dh_prev);

@@ -137,6 +137,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
     T* output = projected ? nullptr : outside(p.output, t, j);
     T* hidden = projected || !p.training || !p.hidden ? nullptr : p.hidden + row(t, j) * ld_p;
     T* cell = Cell::kHasCell ? s.c + j * ld_h : nullptr;
+    T* all_c = Cell::kHasCell && p.all_c.data ? outside(p.all_c, t, j) : nullptr;
     for (int64_t v = v0; v < v1; ++v) {
       const int64_t u = v * kLanes;
       V slot[kSlots];
@@ -149,6 +150,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
       if (output) store_units(output, u, H, h);
       if (hidden) store(hidden + u, h);
       if (Cell::kHasCell) store(cell + u, c);
+      if (all_c) store_units(all_c, u, H, c);
       if (!p.training) continue;
 #pragma GCC unroll 8
       for (int i = 0; i < kSlots; ++i) store(gates + unit_offset(v, kSlots, i), slot[i]);
