@@ -1,10 +1,11 @@
 """Trains a character model on a real text with rnnfast's layers and, with --compare, with torch.nn's beside it.
 
-The model is the plainest there is: one-hot characters (or an embedding) into the recurrent layers, a linear layer to
-the next character's scores, cross entropy, gradient clipping, Adam or SGD, random windows of the text. With --compare
-a twin built on torch.nn starts from the same seed and trains on the same windows, the two taking turns step by step;
-the script prints by how much the two loss curves differ and how much time they took, and fails when the curves
-disagree. At the end the rnnfast model writes a line of text.
+The model is the plainest there is, rnnfast.RNNLM: one-hot characters (or an embedding) into the recurrent layers, a
+linear layer to the next character's scores, cross entropy, gradient clipping, Adam or SGD, random windows of the text.
+With --compare a twin built on torch.nn, with one-hot rows and torch's own linear layer and cross entropy, starts from
+the same seed and trains on the same windows, the two taking turns step by step; the script prints by how much the two
+loss curves differ and how much time they took, and fails when the curves disagree. At the end the rnnfast model writes
+a line of text.
 
 Units: loss is natural-log cross entropy per character, perplexity its exponential; times are milliseconds per
 training step, everything in the step included; `ratio` is torch.nn's time over rnnfast's (above 1: rnnfast is faster;
@@ -37,39 +38,13 @@ from measure import (
 from torch import nn
 
 import rnnfast
+from rnnfast import RNNLM
 from rnnfast.text import CORPORA, DATA_VARIABLE, CorpusError, Vocab, letters_only, load_corpus
 
 # The first steps pay for allocations and thread start-up; they are trained on but not timed.
 _WARM_UP_STEPS = 3
 _VALIDATION_SHARE = 0.1
 _VALIDATION_WINDOWS = 128
-
-
-class CharacterModel(nn.Module):
-    """One-hot or embedded characters, recurrent layers, and a linear layer to the next character's scores.
-
-    Args:
-        rnn: a layer of rnnfast or torch.nn, sequence first, one direction; its input size is `vocab_size` for one-hot
-            input, else the size of the embedding.
-        vocab_size: number of kinds of characters, V.
-        embedding_dim: size of the embedding, or None for one-hot input.
-    """
-
-    def __init__(self, rnn: nn.RNNBase, vocab_size: int, embedding_dim: int | None) -> None:
-        super().__init__()
-        self.rnn = rnn
-        self.vocab_size = vocab_size
-        self.embedding = None if embedding_dim is None else nn.Embedding(vocab_size, embedding_dim)
-        self.output = nn.Linear(rnn.hidden_size, vocab_size)
-
-    def forward(self, tokens: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
-        """Takes tokens `[T, N]` and a state of the layer; returns scores `[T, N, V]` and the new state."""
-        if self.embedding is None:
-            input = nn.functional.one_hot(tokens, self.vocab_size).to(self.output.weight.dtype)
-        else:
-            input = self.embedding(tokens)
-        hidden, state = self.rnn(input, state)
-        return self.output(hidden), state
 
 
 class Training:
@@ -82,7 +57,8 @@ class Training:
         rnn = getattr(layers, cell.class_name)(
             options.embedding_dim or vocab_size, options.hidden_size, num_layers=options.num_layers, **cell.options
         )
-        self.model = CharacterModel(rnn, vocab_size, options.embedding_dim).to(device, getattr(torch, options.dtype))
+        self.model = RNNLM(rnn, vocab_size, options.embedding_dim).to(device, getattr(torch, options.dtype))
+        self.is_plain = layers is nn
         optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[options.optimizer]
         self.optimizer = optimizer(self.model.parameters(), lr=options.learning_rate)
         self.clip = options.clip
@@ -92,6 +68,8 @@ class Training:
 
     def loss(self, windows: torch.Tensor) -> torch.Tensor:
         """Returns the mean cross entropy of windows of characters `[T + 1, N]`, each but the first to be predicted."""
+        if not self.is_plain:
+            return self.model.loss(windows[:-1], windows[1:])[0]
         scores, _ = self.model(windows[:-1])
         return nn.functional.cross_entropy(scores.flatten(0, 1).float(), windows[1:].flatten())
 
@@ -126,24 +104,19 @@ def draw_windows(tokens: torch.Tensor, length: int, count: int, generator: torch
 
 
 def generate(
-    model: CharacterModel, vocab: Vocab, prompt: str, length: int, temperature: float, generator: torch.Generator
+    model: RNNLM, vocab: Vocab, prompt: str, length: int, temperature: float, generator: torch.Generator
 ) -> str:
     """Returns the prompt and `length` characters after it; temperature 0 always takes the likeliest character."""
-    device = model.output.weight.device
-    ids = vocab.encode(prompt).tolist()
-    with torch.inference_mode():
-        scores, state = model(torch.tensor(ids, device=device)[:, None])
-        for _ in range(length):
-            # On the CPU, where the generator is; <unk> never occurs in the text and is never chosen.
-            last = scores[-1, 0].float().cpu()
-            last[0] = -math.inf
-            if temperature == 0:
-                ids.append(int(last.argmax()))
-            else:
-                chances = torch.softmax(last / temperature, dim=0)
-                ids.append(int(torch.multinomial(chances, 1, generator=generator)))
-            scores, state = model(torch.tensor([[ids[-1]]], device=device), state)
-    return "".join(vocab.decode(ids))
+    ids = vocab.encode(prompt).to(model.output.weight.device)
+    choice = {"sample": True, "temperature": temperature, "generator": generator} if temperature else {}
+    with torch.no_grad():
+        unknown = model.output.bias[0].clone()
+        model.output.bias[0] = -math.inf  # <unk> never occurs in the text and is not to be chosen
+        try:
+            written = model.generate(ids, length, **choice).tokens
+        finally:
+            model.output.bias[0] = unknown
+    return prompt + "".join(vocab.decode(written))
 
 
 def largest_difference(ours: list[float], theirs: list[float]) -> float:

@@ -74,10 +74,12 @@ struct Dim {
   int64_t size;
 };
 
-// One call, checked: sizes, the rows of every step, and tensors ready for the driver.
+// One call, checked: sizes, the rows of every step, and tensors ready for the driver. An int64 input holds tokens, [T,
+// N] (packed [rows], one step [N]): each stands for the one-hot row of I numbers, which is never made.
 class Call {
  public:
-  Call(int index, RNNFAST_ARGUMENTS) : cell_(drivers().cells[index]), index_(index), reverse_(reverse) {
+  Call(int index, RNNFAST_ARGUMENTS)
+      : cell_(drivers().cells[index]), index_(index), reverse_(reverse), is_tokens_(input.scalar_type() == at::kLong) {
     check_dtype_and_device(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr);
     TORCH_CHECK_VALUE(weight_ih.dim() == 2, what("weight_ih"), "expected 2 dimensions [G*H, I], got ",
                       weight_ih.sizes());
@@ -89,7 +91,14 @@ class Call {
     size_.I = weight_ih.size(1);
     size_.H = weight_ih.size(0) / G;
     size_.P = has(weight_hr) && weight_hr->dim() == 2 ? weight_hr->size(0) : size_.H;
-    check_layout(input, batch_sizes, lengths, resets);
+    if (is_tokens_) {
+      check_tokens(input, has(batch_sizes));
+      std::vector<int64_t> shape = input.sizes().vec();
+      shape.push_back(size_.I);
+      check_layout(input.unsqueeze(-1).expand(shape), batch_sizes, lengths, resets);  // for its shape alone
+    } else {
+      check_layout(input, batch_sizes, lengths, resets);
+    }
     check_shape("weight_hh", weight_hh, {{"G*H", G * size_.H}, {"P", size_.P}});
     TORCH_CHECK_VALUE(has(bias_ih) == has(bias_hh), name(),
                       ": bias_ih and bias_hh: expected both or neither, got only ",
@@ -108,9 +117,9 @@ class Call {
       check_shape("c0", *c0, {{"N", size_.N}, {"H", size_.H}});
     }
 
-    dtype_ = input.scalar_type();
+    dtype_ = weight_ih.scalar_type();
     compute_ = dtype_ == at::kDouble ? at::kDouble : at::kFloat;
-    input_ = rows(input);
+    input_ = is_tokens_ ? input.contiguous() : rows(input);
     h0_ = dense(h0), c0_ = dense(c0);
     weight_ih_ = dense(weight_ih), weight_hh_ = dense(weight_hh);
     bias_ih_ = dense(bias_ih), bias_hh_ = dense(bias_hh), weight_hr_ = dense(weight_hr);
@@ -193,7 +202,8 @@ class Call {
       return at::empty(needs[i] && exists ? shape : at::IntArrayRef{0}, options);
     };
     std::array<Tensor, kNumGradients> grad = {
-        needs[0] && lengths_.defined() ? at::zeros(input_shape, options) : wanted(0, true, input_shape),
+        needs[0] && !is_tokens_ && lengths_.defined() ? at::zeros(input_shape, options)
+                                                      : wanted(0, !is_tokens_, input_shape),
         wanted(1, true, {z.N, z.P}),
         wanted(2, cell_.has_cell, {z.N, z.H}),
         wanted(3, true, {GH, z.I}),
@@ -216,7 +226,7 @@ class Call {
       const auto target = [&](int i, bool exists) {
         return needs[i] && exists ? grad[i].template mutable_data_ptr<T>() : nullptr;
       };
-      p.dinput = {target(0, true), z.N * z.I, z.I};
+      p.dinput = {target(0, !is_tokens_), z.N * z.I, z.I};
       p.dh0 = target(1, true), p.dc0 = target(2, cell_.has_cell);
       p.dw_ih = target(3, true), p.dw_hh = target(4, true);
       p.db_ih = target(5, bias_ih_.defined()), p.db_hh = target(6, bias_ih_.defined());
@@ -251,12 +261,14 @@ class Call {
   void check_dtype_and_device(const Tensor& input, const MaybeTensor& h0, const MaybeTensor& c0,
                               const Tensor& weight_ih, const Tensor& weight_hh, const MaybeTensor& bias_ih,
                               const MaybeTensor& bias_hh, const MaybeTensor& weight_hr) const {
-    const auto dtype = input.scalar_type();
+    const auto dtype = is_tokens_ ? weight_ih.scalar_type() : input.scalar_type();
     TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
-                     what("input"), "expected float32, float64, bfloat16 or float16, got ", dtype);
+                     what(is_tokens_ ? "weight_ih" : "input"), "expected float32, float64, bfloat16 or float16",
+                     is_tokens_ ? "" : ", or int64 for tokens", ", got ", dtype);
     const auto check = [&](const char* argument, const Tensor& t) {
       TORCH_CHECK_VALUE(t.layout() == at::kStrided, what(argument), "expected a dense tensor, got layout ", t.layout());
-      TORCH_CHECK_TYPE(t.scalar_type() == dtype, what(argument), "expected the dtype of input, ", dtype, ", got ",
+      TORCH_CHECK_TYPE(t.scalar_type() == dtype || (is_tokens_ && t.is_same(input)), what(argument),
+                       "expected the dtype of ", is_tokens_ ? "weight_ih" : "input", ", ", dtype, ", got ",
                        t.scalar_type());
       TORCH_CHECK(t.device().is_cpu(), what(argument), "expected a CPU tensor, got one on ", t.device());
     };
@@ -268,6 +280,19 @@ class Call {
     if (has(bias_ih)) check("bias_ih", *bias_ih);
     if (has(bias_hh)) check("bias_hh", *bias_hh);
     if (has(weight_hr)) check("weight_hr", *weight_hr);
+  }
+
+  // Tokens index W_ih's columns: none may lie outside, or the driver would read and write foreign memory.
+  void check_tokens(const Tensor& tokens, bool is_packed) const {
+    TORCH_CHECK_VALUE(tokens.dim() == 1 || (tokens.dim() == 2 && !is_packed), what("input"),
+                      is_packed ? "expected 1 dimension [rows] for tokens with batch_sizes, got "
+                                : "expected 2 dimensions [T, N] for tokens, or 1 for one step [N], got ",
+                      tokens.sizes());
+    const Tensor dense = tokens.contiguous();
+    const int64_t* token = dense.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < dense.numel(); ++i)
+      TORCH_CHECK_INDEX(token[i] >= 0 && token[i] < size_.I, what("input"), "expected tokens from 0 to ", size_.I - 1,
+                        ", the columns of weight_ih, got ", token[i]);
   }
 
   Tensor checked_integers(const char* argument, const Tensor& t) const {
@@ -384,7 +409,9 @@ class Call {
   SequenceParams<T> params(bool backward) const {
     SequenceParams<T> p{};
     p.size = size_;
-    p.plan = make_plan(size_, cell_, at::in_parallel_region() ? 1 : at::get_num_threads(), backward);
+    Sizes work = size_;
+    if (is_tokens_) work.I = 1;  // a look-up, whatever the vocabulary
+    p.plan = make_plan(work, cell_, at::in_parallel_region() ? 1 : at::get_num_threads(), backward);
     p.reverse = reverse_;
     p.is_packed = is_packed_;
     p.parallel_for = [](int64_t n, int threads, void* context, void (*body)(void*, int64_t, int64_t)) {
@@ -395,7 +422,10 @@ class Call {
     p.first_row = first_row_.data();
     p.order = order_.empty() ? nullptr : order_.data();
     p.resets = resets_.defined() ? resets_.const_data_ptr<bool>() : nullptr;
-    p.input = view<T>(input_);
+    if (is_tokens_)
+      p.tokens = {input_.const_data_ptr<int64_t>(), size_.N, 1};
+    else
+      p.input = view<T>(input_);
     p.h0 = data<T>(h0_), p.c0 = data<T>(c0_);
     p.w_ih = data<T>(weight_ih_), p.w_hh = data<T>(weight_hh_);
     p.b_ih = data<T>(bias_ih_), p.b_hh = data<T>(bias_hh_), p.w_hr = data<T>(weight_hr_);
@@ -425,7 +455,7 @@ class Call {
 
   const CellInfo& cell_;
   const int index_;
-  const bool reverse_;
+  const bool reverse_, is_tokens_;
   bool is_packed_ = false;
   Sizes size_{};
   at::ScalarType dtype_, compute_;

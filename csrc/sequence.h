@@ -75,7 +75,8 @@ struct SequenceParams {
   const int64_t* order;      // [N] position in the batch of the j-th longest, or null for j itself
   const bool* resets;        // [T, N] state is zero before the step, or null
 
-  Rows<const T> input;                 // [T, N, I]
+  Rows<const T> input;                 // [T, N, I]; null where tokens are given
+  Rows<const int64_t> tokens;          // [T, N], 0 <= token < I, or null: the input is the one-hot row of the token
   const T *h0, *c0;                    // [N, P], [N, H]
   const T *w_ih, *w_hh, *b_ih, *b_hh;  // [G*H, I], [G*H, P], [G*H], [G*H]
   const T* w_hr;                       // [P, H]

@@ -42,7 +42,8 @@ def lstm(
 
     Args:
         input: ``[T, N, I]``; with ``batch_sizes`` the rows of a packed batch, ``[rows, I]``; without, ``[N, I]`` is one
-            step.
+            step. Or tokens, int64 without the last dimension, each in ``0..I-1``: the same as their one-hot rows, but
+            the product with ``weight_ih`` is a look-up of its columns.
         h0: ``[N, P]``; None means zeros.
         c0: ``[N, H]``; None means zeros.
         weight_ih: ``[4*H, I]``, gates in the order i, f, g, o.
@@ -204,6 +205,13 @@ def _output_shapes(
     return [*input.shape[:-1], state_size], [batch, state_size], c_n
 
 
+def _one_hot_like(input: Tensor, weight_ih: Tensor) -> Tensor:
+    """The input, or for tokens (int64) a stand-in of the shape and dtype of their one-hot rows."""
+    if input.dtype != torch.int64:
+        return input
+    return weight_ih.new_empty((1,)).expand(*input.shape, weight_ih.shape[1])
+
+
 def _saved_shapes(
     cell: str, input: Tensor, weight_hh: Tensor, weight_hr: Tensor | None
 ) -> tuple[torch.dtype, list[Any], list[Any], list[Any]]:
@@ -262,6 +270,7 @@ def _register_fakes(cell: str) -> None:
     ) -> tuple[Tensor, ...]:
         primals = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
         check(primals, batch_sizes, lengths, resets)
+        input = _one_hot_like(input, weight_ih)
         shapes = _output_shapes(cell, input, h0, weight_hh, weight_hr, batch_sizes)
         return tuple(input.new_empty(shape) for shape in shapes)
 
@@ -281,6 +290,7 @@ def _register_fakes(cell: str) -> None:
     ) -> tuple[Tensor, ...]:
         primals = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
         check(primals, batch_sizes, lengths, resets)
+        input = _one_hot_like(input, weight_ih)
         shapes = _output_shapes(cell, input, h0, weight_hh, weight_hr, batch_sizes)
         dtype, *saved = _saved_shapes(cell, input, weight_hh, weight_hr)
         return (
@@ -314,7 +324,7 @@ def _register_fakes(cell: str) -> None:
         grads = {"grad_output": grad_output, "grad_h_n": grad_h_n, "grad_c_n": grad_c_n, "grad_all_c": grad_all_c}
         check(primals, batch_sizes, lengths, resets, **grads, gates=gates, cells=cells, hidden=hidden)
         return tuple(
-            input.new_empty(primal.shape if needed and primal is not None else [0])
+            weight_ih.new_empty(primal.shape if needed and primal is not None else [0])
             for primal, needed in zip(primals, needs, strict=True)
         )
 
@@ -346,8 +356,8 @@ def _alias(tensor: Tensor | None) -> Tensor | None:
     It stays connected to ``tensor`` where that requires a gradient, for derivatives of higher order still. Without it,
     arguments that depend on one another (``h0`` made from ``input``; one weight in two places) would be counted twice.
     """
-    if tensor is None:
-        return None
+    if tensor is None or not tensor.is_floating_point():  # tokens have no derivative
+        return tensor
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
 
 

@@ -60,7 +60,8 @@ class Cell:
         """Scan the cell over the sequence.
 
         Args:
-            input: ``[T, N, I]``; ``[rows, I]`` with ``batch_sizes``; ``[N, I]`` (one step) without.
+            input: ``[T, N, I]``; ``[rows, I]`` with ``batch_sizes``; ``[N, I]`` (one step) without. Or tokens, int64
+                without the last dimension, each for the one-hot row of ``I`` numbers.
             h0: ``[N, P]``, or None for zeros.
             c0: ``[N, H]``, or None for zeros; only for a cell with two states.
             weight_ih: ``[G*H, I]``.
@@ -81,6 +82,8 @@ class Cell:
             output ``[T, N, P]`` (``[rows, P]``, ``[N, P]``), ``h_n`` ``[N, P]``, ``c_n`` ``[N, H]`` (``[0]`` for a cell
             with one state); with ``with_all_c`` also c ``[T, N, H]`` in the form of output.
         """
+        if not input.is_floating_point():
+            input = F.one_hot(input, weight_ih.shape[1]).to(weight_ih.dtype)
         rows = None
         single_step = batch_sizes is None and input.dim() == 2
         if batch_sizes is not None:  # a packed batch is a padded one whose rows past the lengths were left out

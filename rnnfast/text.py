@@ -1,4 +1,4 @@
-"""Text for character models: corpora by name, preprocessing and a vocabulary.
+"""Text for language models: corpora by name, preprocessing, tokens, a vocabulary, and batches.
 
 A corpus is looked for in the data directory (the environment variable RNNFAST_DATA), then in the cache directory, and
 is otherwise downloaded once from its public address. Every copy is checked against a known size and sha256 before it
@@ -8,17 +8,35 @@ the help topics that every CPython carries, needs no download, and differs betwe
 
 import hashlib
 import http.client
+import json
 import os
 import re
 import tempfile
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-__all__ = ["CORPORA", "DATA_VARIABLE", "UNKNOWN", "Corpus", "CorpusError", "Vocab", "letters_only", "load_corpus"]
+__all__ = [
+    "CORPORA",
+    "DATA_VARIABLE",
+    "UNKNOWN",
+    "Corpus",
+    "CorpusError",
+    "Partitions",
+    "Vocab",
+    "Windows",
+    "letters_only",
+    "load_corpus",
+    "split_windows",
+    "tokenize",
+    "window_loader",
+]
 
 DATA_VARIABLE = "RNNFAST_DATA"
 UNKNOWN = "<unk>"
@@ -140,16 +158,77 @@ def letters_only(text: str) -> str:
     return re.sub("[^A-Za-z]+", " ", text).lower()
 
 
+def tokenize(text: str, level: str = "char") -> list[str]:
+    """Returns the characters of a text, or its words: what stands between white space.
+
+    Raises:
+        ValueError: the level is neither "char" nor "word".
+    """
+    if level == "char":
+        return list(text)
+    if level == "word":
+        return text.split()
+    raise ValueError(f"level: expected 'char' or 'word', got {level!r}")
+
+
 class Vocab:
     """Numbers for tokens: `<unk>` is 0, then the kinds of `tokens` in sorted order.
 
     Args:
         tokens: the tokens to number, repeated or not; a string is taken as its characters.
+        min_frequency: a kind that comes less often has no number of its own; it is `<unk>`.
+
+    Attributes:
+        tokens: the kinds, by number.
+        counts: how often each came, by number; for `<unk>`, all that has no number of its own.
+
+    Raises:
+        ValueError: `min_frequency` is below 1.
     """
 
-    def __init__(self, tokens: Iterable[str]) -> None:
-        self.tokens: tuple[str, ...] = (UNKNOWN, *sorted(set(tokens) - {UNKNOWN}))
-        self._ids = {token: index for index, token in enumerate(self.tokens)}
+    def __init__(self, tokens: Iterable[str], min_frequency: int = 1) -> None:
+        if min_frequency < 1:
+            raise ValueError(f"min_frequency: expected at least 1, got {min_frequency}")
+        counter = Counter(tokens)
+        unknown = counter.pop(UNKNOWN, 0)
+        kept = sorted(token for token, count in counter.items() if count >= min_frequency)
+        unknown += sum(count for count in counter.values() if count < min_frequency)
+        self._number((UNKNOWN, *kept), (unknown, *(counter[token] for token in kept)))
+
+    def _number(self, tokens: tuple[str, ...], counts: tuple[int, ...]) -> None:
+        self.tokens, self.counts = tokens, counts
+        self._ids = {token: index for index, token in enumerate(tokens)}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes tokens and counts as JSON, in one step: a reader never sees half a file.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        content = json.dumps({"tokens": self.tokens, "counts": self.counts}, ensure_ascii=False, indent=1) + "\n"
+        _store(content.encode("utf-8", "surrogatepass"), Path(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Vocab":
+        """Returns the vocabulary that `save` wrote: the same numbers for the same tokens.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is not what `save` writes.
+        """
+        try:
+            content = json.loads(Path(path).read_bytes().decode("utf-8", "surrogatepass"))
+            tokens, counts = tuple(content["tokens"]), tuple(content["counts"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a saved vocabulary: {type(error).__name__}: {error}") from error
+        sound = len(tokens) == len(set(tokens)) == len(counts) and tokens[:1] == (UNKNOWN,)
+        if not (sound and all(isinstance(t, str) for t in tokens) and all(isinstance(c, int) for c in counts)):
+            raise ValueError(
+                f"{path} is not a saved vocabulary: expected different tokens, {UNKNOWN} first, and a count for each"
+            )
+        vocab = cls.__new__(cls)
+        vocab._number(tokens, counts)
+        return vocab
 
     def __len__(self) -> int:
         """Returns the number of kinds of tokens, `<unk>` included."""
@@ -170,6 +249,137 @@ class Vocab:
             if not 0 <= number < len(self):
                 raise IndexError(f"token number {number} is out of range for a vocabulary of {len(self)}")
         return [self.tokens[number] for number in numbers]
+
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class Windows(Dataset[Batch]):
+    """All windows of `num_steps` tokens of a text, each with the tokens that follow its own.
+
+    Item `i` is the pair of `tokens[i : i + num_steps]` and `tokens[i + 1 : i + num_steps + 1]`, each int64
+    `[num_steps]`. Several at once (as a DataLoader asks for) come stacked, `[num_steps, len(items)]`.
+
+    Args:
+        tokens: int64 `[length]`.
+        num_steps: T.
+        first: where the first window begins.
+        count: how many windows, one for each place from `first` on; by default all there are.
+
+    Raises:
+        ValueError: tokens of another shape or type; sizes below 1; more windows than the text has.
+        IndexError: an item that is not there.
+    """
+
+    def __init__(self, tokens: torch.Tensor, num_steps: int, *, first: int = 0, count: int | None = None) -> None:
+        _check_text(tokens, num_steps)
+        available = len(tokens) - num_steps - first
+        if first < 0 or available < 1 or (count is not None and not 1 <= count <= available):
+            raise ValueError(
+                f"windows of {num_steps} steps from {first} on, count {count}: a text of {len(tokens)} tokens has "
+                f"{max(available, 0)} (one token more than the steps is needed, to be predicted)"
+            )
+        self.tokens, self.num_steps, self.first = tokens, num_steps, first
+        self.count = available if count is None else count
+
+    def __len__(self) -> int:
+        """Returns the number of windows."""
+        return self.count
+
+    def __getitem__(self, index: int) -> Batch:
+        """Returns window `index` and the tokens to be predicted."""
+        windows, targets = self.__getitems__([index])
+        return windows[:, 0], targets[:, 0]
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Returns several windows and targets, `[num_steps, len(indices)]`: what a DataLoader calls for a batch."""
+        starts = torch.as_tensor(indices, dtype=torch.int64)
+        if len(starts) and (int(starts.min()) < 0 or int(starts.max()) >= len(self)):
+            raise IndexError(f"windows {int(starts.min())} to {int(starts.max())}: expected 0 to {len(self) - 1}")
+        windows = self.tokens[self.first + starts + torch.arange(self.num_steps + 1)[:, None]]
+        return windows[:-1], windows[1:]
+
+
+def split_windows(
+    tokens: torch.Tensor, num_steps: int, num_train: int = 10_000, num_validation: int = 5_000
+) -> tuple[Windows, Windows]:
+    """Returns the windows to train on and, after them in the text, those to validate on.
+
+    The sizes by default are those of Dive into Deep Learning, 9.5 and later. Its last training and first validation
+    windows share tokens; here the validation windows begin after the last token that training predicts.
+
+    Raises:
+        ValueError: the text is too short.
+    """
+    train = Windows(tokens, num_steps, count=num_train)
+    return train, Windows(tokens, num_steps, first=num_train + num_steps, count=num_validation)
+
+
+def window_loader(
+    windows: Windows, batch_size: int, *, shuffle: bool = True, generator: torch.Generator | None = None
+) -> DataLoader[Batch]:
+    """Returns a DataLoader over random windows: each batch a pair of int64 `[num_steps, batch_size]`.
+
+    Every window comes once in an epoch; the last batch may be smaller.
+    """
+    return DataLoader(windows, batch_size, shuffle=shuffle, generator=generator, collate_fn=_as_is)
+
+
+class Partitions(IterableDataset[Batch]):
+    """A text cut into `batch_size` long pieces, read side by side: the state is carried from batch to batch.
+
+    Each batch is a pair of int64 `[num_steps, batch_size]`, windows and the tokens that follow; column n of a batch
+    goes on where column n of the one before ended. What does not fill a batch is left out. Use it as it is, or with
+    `DataLoader(partitions, batch_size=None)`. Detach the state between batches (`rnnfast.lm.detach_state`).
+
+    Args:
+        tokens: int64 `[length]`.
+        num_steps: T.
+        batch_size: N.
+        offset: tokens to leave out at the start; another in each epoch gives other windows.
+
+    Raises:
+        ValueError: tokens of another shape or type; sizes below 1; a text too short for one batch.
+    """
+
+    def __init__(self, tokens: torch.Tensor, num_steps: int, batch_size: int, *, offset: int = 0) -> None:
+        _check_text(tokens, num_steps)
+        if batch_size < 1 or offset < 0:
+            raise ValueError(
+                f"expected a batch_size of at least 1 and an offset of at least 0, got {batch_size}, {offset}"
+            )
+        length = (len(tokens) - offset - 1) // batch_size
+        if length < num_steps:
+            raise ValueError(
+                f"{batch_size} partitions of at least {num_steps} steps need {batch_size * num_steps + 1 + offset} "
+                f"tokens, the text has {len(tokens)}"
+            )
+        self.num_steps, self.batches = num_steps, length // num_steps
+        size = batch_size * length
+        self.windows = tokens[offset : offset + size].view(batch_size, length).t()
+        self.targets = tokens[offset + 1 : offset + 1 + size].view(batch_size, length).t()
+
+    def __len__(self) -> int:
+        """Returns the number of batches."""
+        return self.batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields the batches from the first on."""
+        for first in range(0, self.batches * self.num_steps, self.num_steps):
+            part = slice(first, first + self.num_steps)
+            yield self.windows[part], self.targets[part]
+
+
+def _as_is(batch: Any) -> Any:
+    """What `__getitems__` stacked needs no collation. A function by name, so that worker processes can have it."""
+    return batch
+
+
+def _check_text(tokens: torch.Tensor, num_steps: int) -> None:
+    if tokens.dim() != 1 or tokens.dtype != torch.int64:
+        raise ValueError(f"tokens: expected int64 [length], got {tokens.dtype} {list(tokens.shape)}")
+    if num_steps < 1:
+        raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
 
 
 def _python_docs() -> str:

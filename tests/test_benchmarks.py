@@ -327,7 +327,7 @@ def test_windows_are_pieces_of_the_text():
 
 def test_generated_text_is_the_one_asked_for():
     vocab = language_model.Vocab(" abc")
-    model = language_model.CharacterModel(rnnfast.GRU(len(vocab), 8), len(vocab), None)
+    model = rnnfast.RNNLM(rnnfast.GRU(len(vocab), 8), len(vocab))
 
     def write(temperature, seed):
         generator = torch.Generator().manual_seed(seed)

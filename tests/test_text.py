@@ -3,15 +3,30 @@
 import dataclasses
 import hashlib
 import http.server
+import itertools
 import os
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from rnnfast import text
-from rnnfast.text import CORPORA, UNKNOWN, Corpus, CorpusError, Vocab, letters_only, load_corpus
+from rnnfast.text import (
+    CORPORA,
+    UNKNOWN,
+    Corpus,
+    CorpusError,
+    Partitions,
+    Vocab,
+    Windows,
+    letters_only,
+    load_corpus,
+    split_windows,
+    tokenize,
+    window_loader,
+)
 
 CONTENT = "Call me Ishmael. Some years ago, n\u00e9ver mind how long.\n".encode()
 
@@ -240,3 +255,120 @@ def test_vocab_of_words_and_unknown():
 def test_vocab_number_out_of_range(number):
     with pytest.raises(IndexError, match=rf"token number {number} is out of range for a vocabulary of 3"):
         Vocab("ab").decode([0, number])
+
+
+def test_vocab_counts_and_min_frequency():
+    vocab = Vocab("abracadabra", min_frequency=2)
+    assert vocab.tokens == (UNKNOWN, "a", "b", "r")
+    assert vocab.counts == (2, 5, 2, 2)
+    assert Vocab([*"aab", UNKNOWN, UNKNOWN]).counts == (2, 2, 1)
+    with pytest.raises(ValueError, match="min_frequency: expected at least 1, got 0"):
+        Vocab("ab", min_frequency=0)
+
+
+def test_vocab_is_saved_and_loaded(tmp_path):
+    vocab = Vocab(["the", "\u00e9t\u00e9", '"', "\ud800", "the"], min_frequency=1)
+    vocab.save(tmp_path / "vocab.json")
+    loaded = Vocab.load(tmp_path / "vocab.json")
+    assert (loaded.tokens, loaded.counts) == (vocab.tokens, vocab.counts)
+    assert loaded.encode(["the", "new"]).tolist() == vocab.encode(["the", "new"]).tolist()
+    assert [path.name for path in tmp_path.iterdir()] == ["vocab.json"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[1, 2]",
+        b'{"tokens": ["<unk>", "a"]}',
+        b'{"tokens": ["<unk>", "a"], "counts": [1]}',
+        b'{"tokens": ["a", "b"], "counts": [1, 1]}',
+        b'{"tokens": ["<unk>", "a", "a"], "counts": [0, 1, 1]}',
+        b'{"tokens": ["<unk>", 3], "counts": [0, 1]}',
+        b'{"tokens": ["<unk>", "a"], "counts": [0, "x"]}',
+        b"\xff\xfe",
+    ],
+)
+def test_files_that_are_no_vocabulary(tmp_path, content):
+    (tmp_path / "vocab.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"vocab\.json is not a saved vocabulary"):
+        Vocab.load(tmp_path / "vocab.json")
+
+
+def test_tokenize():
+    assert tokenize("a  b\nc") == ["a", " ", " ", "b", "\n", "c"]
+    assert tokenize("a  bc\nd", "word") == ["a", "bc", "d"]
+    with pytest.raises(ValueError, match="level: expected 'char' or 'word', got 'line'"):
+        tokenize("a", "line")
+
+
+def test_windows():
+    windows = Windows(torch.arange(20), 5, first=3, count=10)
+    assert len(windows) == 10
+    x, y = windows[2]
+    assert (x.tolist(), y.tolist()) == ([5, 6, 7, 8, 9], [6, 7, 8, 9, 10])
+    x, y = windows.__getitems__([0, 9])
+    assert x.t().tolist() == [[3, 4, 5, 6, 7], [12, 13, 14, 15, 16]]
+    assert y.equal(x + 1)
+    assert len(Windows(torch.arange(20), 5)) == 15
+    assert Windows(torch.arange(20), 5)[14][1].tolist() == [15, 16, 17, 18, 19]
+    for index in (-1, 10):
+        with pytest.raises(IndexError, match="expected 0 to 9"):
+            windows[index]
+
+
+def test_random_windows_come_once_each():
+    loader = window_loader(Windows(torch.arange(40), 6), 8, generator=torch.Generator().manual_seed(0))
+    batches = list(loader)
+    assert [x.shape for x, _ in batches] == [(6, 8)] * 4 + [(6, 2)]
+    assert all(y.equal(x + 1) for x, y in batches)
+    starts = torch.cat([x[0] for x, _ in batches])
+    assert sorted(starts.tolist()) == list(range(34))
+    assert starts.tolist() != sorted(starts.tolist())
+    repeated = window_loader(Windows(torch.arange(40), 6), 8, generator=torch.Generator().manual_seed(0))
+    assert all(a[0].equal(b[0]) for a, b in zip(batches, repeated, strict=True))
+    in_order = next(iter(window_loader(Windows(torch.arange(40), 6), 8, shuffle=False)))
+    assert in_order[0][0].tolist() == list(range(8))
+
+
+def test_validation_windows_share_nothing_with_training():
+    train, validation = split_windows(torch.arange(100), 8, 40, 30)
+    assert (len(train), len(validation)) == (40, 30)
+    assert train[39][1].max() < validation[0][0].min()
+    train, validation = split_windows(torch.arange(20_000), 32)
+    assert (len(train), len(validation)) == (10_000, 5_000)
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+def test_partitions_go_on_where_they_ended(offset):
+    partitions = Partitions(torch.arange(53), 4, 3, offset=offset)
+    batches = list(DataLoader(partitions, batch_size=None))
+    assert len(batches) == len(partitions) == 4
+    assert batches[0][0][0, 0] == offset
+    for (x, y), (following, _) in itertools.pairwise(batches):
+        assert x.shape == (4, 3)
+        assert y.equal(x + 1)
+        assert following[0].equal(y[-1])
+    columns = torch.cat([x for x, _ in batches]).t()
+    assert len(columns.unique()) == columns.numel()
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Windows(torch.arange(5), 5), "a text of 5 tokens has 0"),
+        (lambda: Windows(torch.arange(9), 5, count=5), "a text of 9 tokens has 4"),
+        (lambda: Windows(torch.arange(9), 5, first=-1), "from -1 on"),
+        (lambda: Windows(torch.arange(9), 5, count=0), "count 0"),
+        (lambda: Windows(torch.arange(9.0), 5), r"tokens: expected int64 \[length\], got torch.float32"),
+        (lambda: Windows(torch.zeros(3, 3, dtype=torch.int64), 5), r"got torch.int64 \[3, 3\]"),
+        (lambda: Windows(torch.arange(9), 0), "num_steps: expected at least 1"),
+        (lambda: Partitions(torch.arange(12), 4, 3), "need 13 tokens, the text has 12"),
+        (lambda: Partitions(torch.arange(13), 4, 3, offset=1), "need 14 tokens, the text has 13"),
+        (lambda: Partitions(torch.arange(13), 4, 0), "a batch_size of at least 1"),
+        (lambda: split_windows(torch.arange(60), 8, 40, 30), "a text of 60 tokens has"),
+    ],
+)
+def test_texts_that_are_too_short(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()

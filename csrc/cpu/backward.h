@@ -88,7 +88,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
       dgates = arena.take(rows * d.gate_row);
       dprojected = arena.take(d.projected ? rows * d.ld_p : 0);
       const bool packed = d.p.plan.packed;
-      input = arena.take(packed && d.p.dw_ih ? d.I * rows : 0);
+      input = arena.take(packed && d.p.dw_ih && !d.p.tokens.data ? d.I * rows : 0);
       h_prev = arena.take(packed && d.p.dw_hh ? d.P * rows : 0);
       dproj_t = arena.take(d.p.dw_hr ? d.P * rows : 0);
       panels = arena.take(d.p.plan.threads * kSumRows * kMaxPanel * kLanes);
@@ -240,7 +240,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
   void chunk_transposes(const Scratch& s, int64_t t0, int64_t begin, int64_t end, T* buffer) const {
     each_row_batch(t0, begin, end, kLanes, [&](int64_t r, int64_t n, const int64_t* t, const int64_t* j) {
       const T* rows[kLanes] = {};
-      if (p.plan.packed && p.dw_ih) {
+      if (p.plan.packed && p.dw_ih && !p.tokens.data) {
         for (int64_t i = 0; i < n; ++i) rows[i] = outside(p.input, t[i], j[i]);
         transpose_rows(rows, n, I, s.input + r, s.rows, false);
       }
@@ -267,6 +267,18 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
     }
   }
 
+  // The same for dW_ih where the input is one-hot: each row of the panel joins the column of its token.
+  void accumulate_tokens(const Scratch& s, int64_t t0, int64_t first, int64_t rows, int nr, const T* panel,
+                         int64_t offset) const {
+    each_row_batch(t0, first, first + rows, kRowBatch, [&](int64_t, int64_t n, const int64_t* t, const int64_t* j) {
+      for (int64_t i = 0; i < n; ++i, panel += nr * kLanes) {
+        T* out = s.dw_ih + *outside(p.tokens, t[i], j[i]) * gate_columns + offset;
+        for (int q = 0; q < nr; ++q)
+          store(out + q * kPanelStride, load(out + q * kPanelStride) + load(panel + q * kLanes));
+      }
+    });
+  }
+
   // Copies a panel of the chunk's dgates, rows [first, first + rows), and adds its column sums to the bias gradient.
   void gate_gradient_panel(const Scratch& s, int64_t first, int64_t rows, int64_t panel, int first_slot, T* dst,
                            T* db) const {
@@ -284,7 +296,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
   }
 
   // The chunk's part of the weight gradients, panels [begin, end) of the gates.
-  void chunk_weights(const Scratch& s, int64_t rows, int64_t begin, int64_t end, T* buffer) const {
+  void chunk_weights(const Scratch& s, int64_t t0, int64_t rows, int64_t begin, int64_t end, T* buffer) const {
     const bool same = Cell::kInput == Cell::kRecurrent;  // then one copy serves both products and both biases
     for (int64_t panel = begin; panel < end; ++panel) {
       const int nr = panel_vectors(panel);
@@ -292,7 +304,10 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
       for (int64_t r = 0; r < rows; r += kSumRows) {
         const int64_t n = min(kSumRows, rows - r);
         gate_gradient_panel(s, r, n, panel, Cell::kInput, buffer, s.db_ih);
-        if (p.dw_ih) accumulate(s, I, s.input + r, n, nr, buffer, s.dw_ih, gate_columns, offset, kPanelStride);
+        if (p.dw_ih && p.tokens.data)
+          accumulate_tokens(s, t0, r, n, nr, buffer, offset);
+        else if (p.dw_ih)
+          accumulate(s, I, s.input + r, n, nr, buffer, s.dw_ih, gate_columns, offset, kPanelStride);
         if (!same) gate_gradient_panel(s, r, n, panel, Cell::kRecurrent, buffer, s.db_hh);
         if (p.dw_hh) accumulate(s, P, s.h_prev + r, n, nr, buffer, s.dw_hh, gate_columns, offset, kPanelStride);
       }
@@ -316,9 +331,10 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
   }
 
   // The weight gradients of a call with few rows, straight to their place: row g*H + u of dW_ih is the sum over the
-  // rows r of dgates[r, u, g] * x_r, of dW_hh the same with h_prev. Gates' units [begin, end).
-  void direct_weights(int64_t rows, const T* dgates, const T* const* left, int64_t K, const int* gate_of,
-                      int first_slot, T* dw, T* db, int64_t begin, int64_t end) const {
+  // rows r of dgates[r, u, g] * x_r, of dW_hh the same with h_prev. Tokens, or null, stand for one-hot rows `left`.
+  // Gates' units [begin, end).
+  void direct_weights(int64_t rows, const T* dgates, const T* const* left, const int64_t* tokens, int64_t K,
+                      const int* gate_of, int first_slot, T* dw, T* db, int64_t begin, int64_t end) const {
     for (int q = 0; q < kGates; ++q)
       for (int64_t u = begin; u < end; ++u) {
         const T* d = dgates + u / kUnits * kSlots * kUnits + (first_slot + q) * kUnits + u % kUnits;
@@ -329,6 +345,11 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
         }
         if (!dw) continue;
         T* out = dw + (gate_of[q] * H + u) * K;
+        if (tokens) {
+          zero(out, K);
+          for (int64_t r = 0; r < rows; ++r) out[tokens[r]] += d[r * gate_row];
+          continue;
+        }
         int64_t k = 0;
         for (; k + kLanes <= K; k += kLanes) {
           V sum{};
@@ -344,15 +365,21 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
   }
   void direct_weights(const Scratch& s, int64_t rows) const {
     const T *x[kInPlaceRows], *h[kInPlaceRows];
+    int64_t tokens[kInPlaceRows];
     each_row_batch(0, 0, rows, kInPlaceRows, [&](int64_t, int64_t n, const int64_t* t, const int64_t* j) {
       for (int64_t i = 0; i < n; ++i) {
-        x[i] = outside(p.input, t[i], j[i]);
+        if (p.tokens.data)
+          tokens[i] = *outside(p.tokens, t[i], j[i]);
+        else
+          x[i] = outside(p.input, t[i], j[i]);
         if (p.dw_hh) h[i] = hidden_before(s, t[i], j[i], s.hidden + i * ld_h);
       }
     });
     parallel(H, [&](int64_t begin, int64_t end) {
-      direct_weights(rows, s.dgates, x, I, Cell::kInputGates, Cell::kInput, p.dw_ih, p.db_ih, begin, end);
-      direct_weights(rows, s.dgates, h, P, Cell::kRecurrentGates, Cell::kRecurrent, p.dw_hh, p.db_hh, begin, end);
+      direct_weights(rows, s.dgates, x, p.tokens.data ? tokens : nullptr, I, Cell::kInputGates, Cell::kInput, p.dw_ih,
+                     p.db_ih, begin, end);
+      direct_weights(rows, s.dgates, h, nullptr, P, Cell::kRecurrentGates, Cell::kRecurrent, p.dw_hh, p.db_hh, begin,
+                     end);
     });
   }
 
@@ -435,7 +462,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
       if (weights && !p.plan.packed) direct_weights(s, rows);
       if (weights && p.plan.packed)
         each_worker(gate_panels,
-                    [&](int64_t begin, int64_t end, T* buffer, T*) { chunk_weights(s, rows, begin, end, buffer); });
+                    [&](int64_t begin, int64_t end, T* buffer, T*) { chunk_weights(s, t0, rows, begin, end, buffer); });
       if (p.dw_hr)
         each_worker(column_panels(H), [&](int64_t begin, int64_t end, T* buffer, T* hidden) {
           chunk_projection(s, t0, rows, begin, end, buffer, hidden);

@@ -22,6 +22,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
   using Base::I;
   using Base::kGates;
   using Base::kLanes;
+  using Base::kPanelStride;
   using Base::kPanelUnits;
   using Base::kSlots;
   using Base::ld_h;
@@ -36,6 +37,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
   using Base::pack_projection;
   using Base::packed_product;
   using Base::panel_offset;
+  using Base::panel_vectors;
   using Base::parallel;
   using Base::parallel_batch;
   using Base::projected;
@@ -46,6 +48,8 @@ struct SequenceForward : SequenceLayout<Cell, T> {
   using Base::time;
   using Base::unit_offset;
   using Base::unit_vectors;
+  using Base::weight_lanes;
+  using Base::weight_row;
   using typename Base::Params;
   using typename Base::V;
 
@@ -86,29 +90,58 @@ struct SequenceForward : SequenceLayout<Cell, T> {
   void input_product(const Scratch& s, const Chunk& chunk, int64_t j0, int64_t j1, int64_t panel0,
                      int64_t panel1) const {
     const T *a[kRowBatch], *bias[kRowBatch];
+    int64_t token[kRowBatch];
     T* c[kRowBatch];
     for (int64_t i = 0; i < kRowBatch; ++i) bias[i] = s.bias;
     int64_t n = 0;
     const auto flush = [&] {
-      for (int64_t panel = panel0; panel < panel1; ++panel)
-        gate_product(n, I, p.w_ih, s.w_ih, Cell::kInputGates, Cell::kInput, panel,
-                     panel + 1 < panel1 ? panel + 1 : panel0, RowOperands<T>{a, bias, c, 0, 0},
-                     [&](int64_t begin, int64_t end) {
-                       // slots that only the recurrent product feeds start from its bias
-                       for (int slot = Cell::kInput + kGates; slot < Cell::kRecurrent + kGates; ++slot) {
-                         const int64_t at = panel_offset(panel, kSlots, slot);
-                         for (int64_t i = begin; i < end; ++i) store(c[i] + at, load(s.bias + at));
-                       }
-                     });
+      for (int64_t panel = panel0; panel < panel1; ++panel) {
+        // slots that only the recurrent product feeds start from its bias
+        const auto other_slots = [&](int64_t begin, int64_t end) {
+          for (int slot = Cell::kInput + kGates; slot < Cell::kRecurrent + kGates; ++slot) {
+            const int64_t at = panel_offset(panel, kSlots, slot);
+            for (int64_t i = begin; i < end; ++i) store(c[i] + at, load(s.bias + at));
+          }
+        };
+        if (p.tokens.data) {
+          look_up(s, n, token, panel, c);
+          other_slots(0, n);
+        } else {
+          gate_product(n, I, p.w_ih, s.w_ih, Cell::kInputGates, Cell::kInput, panel,
+                       panel + 1 < panel1 ? panel + 1 : panel0, RowOperands<T>{a, bias, c, 0, 0}, other_slots);
+        }
+      }
       n = 0;
     };
     for (int64_t t = chunk.t0; t < chunk.t1; ++t)
       for (int64_t j = j0; j < min(j1, p.active[t]); ++j) {
-        a[n] = outside(p.input, t, j);
+        if (p.tokens.data)
+          token[n] = *outside(p.tokens, t, j);
+        else
+          a[n] = outside(p.input, t, j);
         c[n] = gates_of(s, chunk, t, j);
         if (++n == kRowBatch) flush();
       }
     flush();
+  }
+
+  // The product of W_ih with one-hot rows, for one panel of gates: the tokens' columns of W_ih, and the biases.
+  void look_up(const Scratch& s, int64_t rows, const int64_t* token, int64_t panel, T* const* c) const {
+    const int nr = panel_vectors(panel);
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* column = p.plan.packed ? s.w_ih + panel * gate_panel_size(I) + token[r] * nr * kLanes : nullptr;
+      for (int q = 0; q < nr; ++q) {
+        const int64_t at = panel_offset(panel, kSlots, Cell::kInput) + q * kPanelStride;
+        if (column) {
+          store(c[r] + at, load(s.bias + at) + load(column + q * kLanes));
+          continue;
+        }
+        T lane[kLanes] = {};
+        for (int64_t i = 0; i < weight_lanes(panel, q); ++i)
+          lane[i] = p.w_ih[(weight_row(Cell::kInputGates, panel, q) + i) * I + token[r]];
+        store(c[r] + at, load(s.bias + at) + load(lane));
+      }
+    }
   }
 
   // One step of panels [panel0, panel1) of the units: recurrent product, cell, and the new state to all its places.
