@@ -131,7 +131,7 @@ class Call {
     shape.push_back(size_.P);
     const auto options = input_.options().dtype(compute_);
     const auto none = [&] { return at::empty({0}, options); };  // outputs may not alias: a new one each time
-    const auto steps_of = [&] { return lengths_.defined() ? at::zeros(shape, options) : at::empty(shape, options); };
+    const auto steps_of = [&] { return lengths_.defined() ? at::zeros(shape, options) : empty(shape, options); };
     Tensor output = steps_of();
     Tensor all_c;
     if (with_all_c) shape.back() = size_.H, all_c = steps_of();
@@ -199,7 +199,7 @@ class Call {
     std::vector<int64_t> input_shape = outer_;
     input_shape.push_back(z.I);
     const auto wanted = [&](int i, bool exists, at::IntArrayRef shape) {
-      return at::empty(needs[i] && exists ? shape : at::IntArrayRef{0}, options);
+      return empty(needs[i] && exists ? shape : at::IntArrayRef{0}, options);
     };
     std::array<Tensor, kNumGradients> grad = {
         needs[0] && !is_tokens_ && lengths_.defined() ? at::zeros(input_shape, options)
