@@ -1,9 +1,10 @@
 // The operators torch.ops.rnnfast.*: schemas, the one set of checks, allocation and autograd. at::Tensor ends here.
 //
-// For each cell three operators share one schema of inputs: `<cell>` (differentiable), `_<cell>_forward` (also returns
-// what backward needs) and `_<cell>_backward`. One call is one layer in one direction over all steps. A cell with c has
-// the first two once more, `<cell>_all_c` and `_<cell>_all_c_forward`, which also return c of all steps. Fake kernels
-// and the double backward are registered from Python (ops.py).
+// For each cell four operators share one schema of inputs: `<cell>` (differentiable), `_<cell>_forward` (also returns
+// what backward needs), `_<cell>_backward` and `_<cell>_backward_factors` (per-sample gradients are made from these).
+// One call is one layer in one direction over all steps. A cell with c has the first two once more, `<cell>_all_c` and
+// `_<cell>_all_c_forward`, which also return c of all steps. Fake kernels, the double backward and torch.func's
+// transforms are registered from Python (ops.py).
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -43,6 +44,7 @@ constexpr const char* kSchemaArguments =
     "Tensor input, Tensor? h0, Tensor? c0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
     "Tensor? weight_hr, Tensor? batch_sizes=None, Tensor? lengths=None, Tensor? resets=None, bool reverse=False";
 constexpr int kNumGradients = 8;  // input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
+constexpr int kFirstWeight = 3;
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;                                // output, h_n, c_n
 using SavingOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // ... gates, cells, hidden
@@ -164,9 +166,11 @@ class Call {
     return {output.to(dtype_), h_n.to(dtype_), c_n.to(dtype_), gates, cells, hidden, all_c};
   }
 
+  // With `factors` the five weight gradients are replaced by dgates_ih, dgates_hh, h_prev, dprojected and h_raw of
+  // SequenceParams, in the accumulating dtype, shaped as output but for the last dimension.
   Gradients backward(const MaybeTensor& grad_output, const MaybeTensor& grad_h_n, const MaybeTensor& grad_c_n,
                      const Tensor& gates, const Tensor& cells, const Tensor& hidden,
-                     const std::array<bool, kNumGradients>& needs, const MaybeTensor& grad_all_c) {
+                     const std::array<bool, kNumGradients>& needs, const MaybeTensor& grad_all_c, bool factors) {
     const Sizes& z = size_;
     const int64_t GH = cell_.gates * z.H;
     const auto check_gradient = [&](const char* argument, const MaybeTensor& t, std::vector<Dim> dims) {
@@ -199,7 +203,7 @@ class Call {
     std::vector<int64_t> input_shape = outer_;
     input_shape.push_back(z.I);
     const auto wanted = [&](int i, bool exists, at::IntArrayRef shape) {
-      return empty(needs[i] && exists ? shape : at::IntArrayRef{0}, options);
+      return empty(needs[i] && exists && !(factors && i >= kFirstWeight) ? shape : at::IntArrayRef{0}, options);
     };
     std::array<Tensor, kNumGradients> grad = {
         needs[0] && !is_tokens_ && lengths_.defined() ? at::zeros(input_shape, options)
@@ -212,6 +216,15 @@ class Call {
         wanted(6, bias_ih_.defined(), {GH}),
         wanted(7, weight_hr_.defined(), {z.P, z.H}),
     };
+    if (factors) {
+      const bool is_projected = weight_hr_.defined();
+      const std::array<int64_t, 5> units = {GH, GH, z.P, is_projected ? z.P : 0, is_projected ? z.H : 0};
+      for (size_t i = 0; i < units.size(); ++i) {
+        std::vector<int64_t> shape = outer_;
+        shape.push_back(units[i]);
+        grad[kFirstWeight + i] = lengths_.defined() ? at::zeros(shape, options) : empty(shape, options);
+      }
+    }
     fill_rows();
     const Tensor doutput = has(grad_output) ? rows(*grad_output) : Tensor();
     const Tensor dall_c = has(grad_all_c) ? rows(*grad_all_c) : Tensor();
@@ -228,13 +241,22 @@ class Call {
       };
       p.dinput = {target(0, !is_tokens_), z.N * z.I, z.I};
       p.dh0 = target(1, true), p.dc0 = target(2, cell_.has_cell);
-      p.dw_ih = target(3, true), p.dw_hh = target(4, true);
-      p.db_ih = target(5, bias_ih_.defined()), p.db_hh = target(6, bias_ih_.defined());
-      p.dw_hr = target(7, weight_hr_.defined());
+      if (factors) {
+        Rows<T>* rows[] = {&p.dgates_ih, &p.dgates_hh, &p.h_prev, &p.dprojected, &p.h_raw};
+        for (int i = 0; i < 5; ++i) {
+          Tensor& t = grad[kFirstWeight + i];
+          *rows[i] = {t.template mutable_data_ptr<T>(), z.N * t.size(-1), t.size(-1)};
+        }
+      } else {
+        p.dw_ih = target(3, true), p.dw_hh = target(4, true);
+        p.db_ih = target(5, bias_ih_.defined()), p.db_hh = target(6, bias_ih_.defined());
+        p.dw_hr = target(7, weight_hr_.defined());
+      }
       run_driver(p, driver.backward_scratch, driver.backward);
     };
     dispatch(run);
-    return std::apply([&](auto&... g) { return Gradients(g.to(dtype_)...); }, grad);
+    for (int i = 0; i < (factors ? kFirstWeight : kNumGradients); ++i) grad[i] = grad[i].to(dtype_);
+    return std::apply([&](auto&... g) { return Gradients(g...); }, grad);
   }
 
  private:
@@ -586,9 +608,24 @@ OutputsAllC autograd_cell_all_c(int64_t index, RNNFAST_ARGUMENTS) {
   return Operators::of(index).cell_all_c->call(RNNFAST_PASS);
 }
 
+// For each of `size` examples the product left^T right over its rows: [..., N*B, J] and [..., N*B, K] to [B, J, K].
+// at::bmm, into memory of large pages: per-sample gradients are many megabytes, touched once.
+Tensor sample_products(const Tensor& left, const Tensor& right, int64_t size) {
+  const auto rows = [size](const Tensor& t) {
+    const Tensor flat = t.flatten(0, -2);
+    return flat.view({flat.size(0) / size, size, flat.size(1)});
+  };
+  TORCH_CHECK_VALUE(size > 0 && left.dim() > 1 && left.dim() == right.dim() && left.size(-2) % size == 0,
+                    "rnnfast::_sample_products: expected left [..., N*B, J] and right [..., N*B, K] with B = ", size,
+                    ", got ", left.sizes(), " and ", right.sizes());
+  Tensor products = empty({size, left.size(-1), right.size(-1)}, left.options());
+  return at::bmm_out(products, rows(left).permute({1, 2, 0}), rows(right).transpose(0, 1));
+}
+
 }  // namespace
 
 TORCH_LIBRARY(rnnfast, m) {
+  m.def("_sample_products(Tensor left, Tensor right, int size) -> Tensor", {at::Tag::pt2_compliant_tag});
   const DriverTable& table = drivers();
   for (int i = 0; i < table.num_cells; ++i) {
     const std::string name = table.cells[i].name, arguments = kSchemaArguments;
@@ -609,17 +646,24 @@ TORCH_LIBRARY(rnnfast, m) {
     std::string required = arguments;  // in front of the last arguments none may have a default
     for (const char* value : {"=None", "=False"})
       for (size_t at; (at = required.find(value)) != std::string::npos;) required.erase(at, std::string(value).size());
-    m.def(("_" + name + "_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, " + required +
-           ", Tensor gates, Tensor cells, Tensor hidden, bool[8] needs, Tensor? grad_all_c=None) -> "
-           "(Tensor grad_input, Tensor grad_h0, "
-           "Tensor grad_c0, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, Tensor grad_bias_hh, "
+    const std::string backward_arguments =
+                          "(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, " + required +
+                          ", Tensor gates, Tensor cells, Tensor hidden, bool[8] needs, Tensor? grad_all_c=None)",
+                      states = " -> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, ";
+    m.def(("_" + name + "_backward" + backward_arguments + states +
+           "Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, Tensor grad_bias_hh, "
            "Tensor grad_weight_hr)")
+              .c_str(),
+          tags);
+    m.def(("_" + name + "_backward_factors" + backward_arguments + states +
+           "Tensor grad_gates_ih, Tensor grad_gates_hh, Tensor h_prev, Tensor grad_projected, Tensor h_raw)")
               .c_str(),
           tags);
   }
 }
 
 TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
+  m.impl("_sample_products", &sample_products);
   const DriverTable& table = drivers();
   for (int i = 0; i < table.num_cells; ++i) {
     const std::string name = table.cells[i].name;
@@ -639,13 +683,14 @@ TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
       m.impl(("_" + name + "_all_c_forward").c_str(),
              [i](RNNFAST_ARGUMENTS) { return Call(i, RNNFAST_PASS).forward(true, true); });
     }
-    m.impl(("_" + name + "_backward").c_str(), [i](const MaybeTensor& grad_output, const MaybeTensor& grad_h_n,
-                                                   const MaybeTensor& grad_c_n, RNNFAST_ARGUMENTS, const Tensor& gates,
-                                                   const Tensor& cells, const Tensor& hidden,
-                                                   std::array<bool, kNumGradients> needs,
-                                                   const MaybeTensor& grad_all_c) {
-      return Call(i, RNNFAST_PASS).backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c);
-    });
+    for (const bool factors : {false, true})
+      m.impl(("_" + name + (factors ? "_backward_factors" : "_backward")).c_str(),
+             [i, factors](const MaybeTensor& grad_output, const MaybeTensor& grad_h_n, const MaybeTensor& grad_c_n,
+                          RNNFAST_ARGUMENTS, const Tensor& gates, const Tensor& cells, const Tensor& hidden,
+                          std::array<bool, kNumGradients> needs, const MaybeTensor& grad_all_c) {
+               return Call(i, RNNFAST_PASS)
+                   .backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c, factors);
+             });
   }
 }
 

@@ -95,6 +95,11 @@ struct SequenceParams {
   Rows<T> dinput;                            // [T, N, I]
   T *dh0, *dc0;                              // [N, P], [N, H]
   T *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;  // as the weights
+  // The factors of the weight gradients, for who sums their products over some of the rows only (one sequence, say):
+  // dW_ih = dgates_ih^T x, dW_hh = dgates_hh^T h_prev, dW_hr = dprojected^T h_raw over all rows. Torch's gate order.
+  Rows<T> dgates_ih, dgates_hh;  // [T, N, G*H]
+  Rows<T> h_prev;                // [T, N, P] h before the step
+  Rows<T> dprojected, h_raw;     // [T, N, P], [T, N, H] of a projected cell: after and before the projection
 
   T* scratch;  // Driver::forward_scratch or backward_scratch elements, owned by the caller for the call
 };

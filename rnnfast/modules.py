@@ -223,6 +223,11 @@ def _weights(layer: torch.nn.RNNBase, names: Sequence[str], bias: bool, proj_siz
 
 def _packed_batch(steps: Tensor, batch_sizes: Tensor) -> int:
     """The batch of a packed sequence. The op checks the batch sizes themselves."""
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            "a PackedSequence cannot be exported: its sizes are known only from its data (torch.export, torch.onnx). "
+            "Export with padded input, or call rnnfast.ops with lengths"
+        )
     if steps.dim() != 2:
         raise RuntimeError(
             f"input must have 2 dimensions, got {steps.dim()}: the data of a PackedSequence is [rows, I]"

@@ -1,8 +1,9 @@
 """The functions behind the layers: one cell, one layer, one direction, all time steps in one call.
 
 Typed wrappers of ``torch.ops.rnnfast.<cell>``; and, for torch's sake, what the compiled part leaves to Python: the fake
-kernels (shapes without data, for the meta device, torch.compile and torch.export) and the derivative of the backward
-ops, built on :mod:`rnnfast.reference`. The schemas, checks and first derivatives are in ``csrc/ops.cpp``.
+kernels (shapes without data, for the meta device, torch.compile and torch.export), the derivative of the backward
+ops, built on :mod:`rnnfast.reference`, and torch.func's transforms (:mod:`rnnfast.transforms`). The schemas, checks and
+first derivatives are in ``csrc/ops.cpp``.
 
 Letters: ``T`` steps, ``N`` batch, ``I`` input size, ``H`` hidden size, ``P`` projected size (``H`` without a
 projection), ``G`` gates (1 for the plain RNN, 3 for GRU, 4 for LSTM). Last dimension fastest.
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnfast import _C, reference
+from rnnfast import _C, reference, transforms
 
 __all__ = ["gru", "lstm", "lstm_all_c", "rnn_relu", "rnn_tanh"]
 
@@ -180,6 +181,7 @@ def rnn_relu(
 # --- Fake kernels: the shapes and dtypes of what the ops return -------------------------------------------------------
 
 
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PRIMALS = ("input", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 
@@ -243,8 +245,13 @@ def _register_fakes(cell: str) -> None:
         resets: Tensor | None,
         **others: Tensor | None,
     ) -> None:
-        """Refuse a mixture of devices: one meta tensor brings the call here, whatever memory the others have."""
+        """Refuse other dtypes, and a mixture of devices: one meta tensor brings a call with any others here."""
         named = dict(zip(_PRIMALS, primals, strict=True)) | {"resets": resets} | others
+        if primals[0] is not None and primals[0].dtype not in (*_DTYPES, torch.int64):
+            raise TypeError(
+                f"rnnfast::{cell}: input: expected float32, float64, bfloat16, float16 or int64 tokens, "
+                f"got {primals[0].dtype}"
+            )
         device = next(tensor.device for tensor in primals if tensor is not None)
         on_cpu = {"batch_sizes": batch_sizes, "lengths": lengths}
         for name, tensor in (named | on_cpu).items():
@@ -328,9 +335,45 @@ def _register_fakes(cell: str) -> None:
             for primal, needed in zip(primals, needs, strict=True)
         )
 
+    def backward_factors(
+        grad_output: Tensor | None,
+        grad_h_n: Tensor | None,
+        grad_c_n: Tensor | None,
+        input: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias_ih: Tensor | None,
+        bias_hh: Tensor | None,
+        weight_hr: Tensor | None,
+        batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        reverse: bool,
+        gates: Tensor,
+        cells: Tensor,
+        hidden: Tensor,
+        needs: Sequence[bool],
+        grad_all_c: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        primals = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+        grads = {"grad_output": grad_output, "grad_h_n": grad_h_n, "grad_c_n": grad_c_n, "grad_all_c": grad_all_c}
+        check(primals, batch_sizes, lengths, resets, **grads, gates=gates, cells=cells, hidden=hidden)
+        state_size, hidden_size = (0, 0) if weight_hr is None else weight_hr.shape
+        rows, units = input.shape[:-1], (weight_hh.shape[0], weight_hh.shape[0], weight_hh.shape[1])
+        return (
+            *(
+                input.new_empty(primal.shape if needed and primal is not None else [0])
+                for primal, needed in zip(primals[:3], needs[:3], strict=True)
+            ),
+            *(input.new_empty([*rows, size], dtype=gates.dtype) for size in (*units, state_size, hidden_size)),
+        )
+
     torch.library.register_fake(f"rnnfast::{cell}", forward)
     torch.library.register_fake(f"rnnfast::_{cell}_forward", forward_and_save)
     torch.library.register_fake(f"rnnfast::_{cell}_backward", backward)
+    torch.library.register_fake(f"rnnfast::_{cell}_backward_factors", backward_factors)
     if _CELLS[cell]["num_states"] == 1:
         return
 
@@ -412,7 +455,13 @@ def _register_double_backward(cell: str) -> None:
     torch.library.register_autograd(f"rnnfast::_{cell}_backward", backward, setup_context=setup_context)
 
 
+def _sample_products_fake(left: Tensor, right: Tensor, size: int) -> Tensor:
+    return left.new_empty([size, left.shape[-1], right.shape[-1]])
+
+
+torch.library.register_fake("rnnfast::_sample_products", _sample_products_fake)
 for _cell in _CELLS:
     _register_fakes(_cell)
     _register_double_backward(_cell)
+    transforms.register(_cell)
 del _cell

@@ -28,6 +28,7 @@ layers = importlib.import_module("layers")
 language_model = importlib.import_module("language_model")
 features = importlib.import_module("features")
 readme_table = importlib.import_module("readme_table")
+transforms = importlib.import_module("transforms")
 
 SMALL = cases.Case("small", 5, 3, 4, 6, 2, 2, "made up for the tests")
 CPU = torch.device("cpu")
@@ -267,7 +268,7 @@ def test_no_time_for_a_wrong_result(monkeypatch, tmp_path, capsys):
 # Arguments
 
 
-@pytest.mark.parametrize("script", [layers, language_model, features, readme_table])
+@pytest.mark.parametrize("script", [layers, language_model, features, readme_table, transforms])
 def test_help(script, capsys):
     with pytest.raises(SystemExit) as status:
         script.main(["--help"])

@@ -380,15 +380,16 @@ def test_data_parallel_replica():
 
 @pytest.mark.parametrize("modules", [LAYERS, CELL_MODULES], ids=["layer", "cell"])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_transforms_are_refused(layer, modules):
-    """Autograd in C++ knows no torch.func transform: an error that says so, never a silent zero."""
+def test_transforms(layer, modules):
+    """torch.func.grad gives the gradient of ordinary autograd; more in test_transforms.py."""
     _, ours = pair(layer, modules=modules)
 
     def loss(x: torch.Tensor) -> torch.Tensor:
         return sum(y.square().sum() for y in tensors_of(ours(x)))
 
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(loss)(torch.randn(N, I))
+    x = torch.randn(N, I)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(x), torch.autograd.grad(loss(leaf), leaf)[0])
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -61,7 +61,53 @@ def test_opcheck_internal(cell, device, variant):
     call = variant_call(variant, cell).on(device)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(forward_op(cell), tuple(call.everything()), test_utils=checks)
-    torch.library.opcheck(backward_op(cell), tuple(backward_arguments(call)), test_utils=checks)
+    arguments = tuple(backward_arguments(call))
+    torch.library.opcheck(backward_op(cell), arguments, test_utils=checks)
+    torch.library.opcheck(getattr(torch.ops.rnnfast, f"_{cell}_backward_factors"), arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("leading", [(), (5,)], ids=str)
+def test_sample_products(leading):
+    """One product for each of three examples, of any strides; other shapes are refused."""
+    op = torch.ops.rnnfast._sample_products
+    left, right = torch.randn(*leading, 4, 6).transpose(-1, -2), torch.randn(*leading, 6, 2)
+    torch.library.opcheck(op, (left, right, 3), test_utils=("test_schema", "test_faketensor"))
+    left_rows, right_rows = (t.reshape(-1, 3, t.shape[-1]) for t in (left, right))
+    want = torch.einsum("rbj,rbk->bjk", left_rows, right_rows)
+    torch.testing.assert_close(op(left, right, 3), want)
+    with pytest.raises(ValueError, match=r"_sample_products: expected .* with B = 4, got \[.*6, 4\] and \[.*6, 2\]"):
+        op(left, right, 4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_backward_factors(cell, kernel, variant):
+    """The products of the factors, summed over all rows, are the weight gradients."""
+    check_factors(cell, variant_call(variant, cell).on(kernel))
+
+
+@pytest.mark.parametrize("batch", [1, 4, 30])
+def test_backward_factors_with_all_c(kernel, batch):
+    """The same with a gradient of all c: of few rows, whose weights are read in place, and of many."""
+    for options in ({}, {"P": 3, "reverse": True}, {"lengths": (3,) * batch, "resets": True}):
+        call = Case("lstm", T=4, N=batch, H=17, **options).call().on(kernel)
+        grad_all_c = cotangent(torch.empty(4, batch, 17, dtype=torch.float64))
+        check_factors("lstm", call, grad_all_c=grad_all_c)
+
+
+def check_factors(cell, call, **options) -> None:
+    arguments = backward_arguments(call)
+    *states, w_ih, w_hh, b_ih, b_hh, w_hr = backward_op(cell)(*arguments, **options)
+    *same_states, dgates_ih, dgates_hh, h_prev, dprojected, h_raw = getattr(
+        torch.ops.rnnfast, f"_{cell}_backward_factors"
+    )(*arguments, **options)
+    x = call.tensors["input"]
+    pairs = [(w_ih, dgates_ih, x), (w_hh, dgates_hh, h_prev), (w_hr, dprojected, h_raw)]
+    for want, left, right in pairs if w_hr.numel() else pairs[:2]:
+        torch.testing.assert_close(left.flatten(0, -2).T @ right.flatten(0, -2), want, rtol=1e-12, atol=1e-12)
+    for want, rows in ((b_ih, dgates_ih), (b_hh, dgates_hh)):
+        if want.numel():
+            torch.testing.assert_close(rows.flatten(0, -2).sum(0), want, rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(states, same_states, strict=True))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

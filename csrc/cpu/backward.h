@@ -235,6 +235,27 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
                          RowOperands<T>{a, nullptr, c, 0, 0});
       });
     if (p.plan.packed || p.dw_hr) chunk_transposes(s, t0, begin, end, buffer);
+    if (p.dgates_ih.data) chunk_factors(s, t0, begin, end, buffer);
+  }
+
+  // A row of the chunk's dgates, unpadded to torch's [G*H].
+  void unpack_row(const T* dgates, const int* gate_of, int first_slot, T* to) const {
+    for (int64_t u = 0; u < H; u += kUnits)
+      for (int q = 0; q < kGates; ++q)
+        copy(to + gate_of[q] * H + u, dgates + u * kSlots + (first_slot + q) * kUnits, min(kUnits, H - u));
+  }
+  void chunk_factors(const Scratch& s, int64_t t0, int64_t begin, int64_t end, T* buffer) const {
+    each_row_batch(t0, begin, end, kRowBatch, [&](int64_t r, int64_t n, const int64_t* t, const int64_t* j) {
+      for (int64_t i = 0; i < n; ++i) {
+        const T* dgates = s.dgates + (r + i) * gate_row;
+        unpack_row(dgates, Cell::kInputGates, Cell::kInput, outside(p.dgates_ih, t[i], j[i]));
+        unpack_row(dgates, Cell::kRecurrentGates, Cell::kRecurrent, outside(p.dgates_hh, t[i], j[i]));
+        copy(outside(p.h_prev, t[i], j[i]), hidden_before(s, t[i], j[i], buffer), P);
+        if (!projected) continue;
+        copy(outside(p.dprojected, t[i], j[i]), s.dprojected + (r + i) * ld_p, P);
+        copy(outside(p.h_raw, t[i], j[i]), recompute_hidden(p.first_row[t0] + r + i, 0, unit_vectors, buffer), H);
+      }
+    });
   }
 
   void chunk_transposes(const Scratch& s, int64_t t0, int64_t begin, int64_t end, T* buffer) const {
@@ -457,7 +478,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
                  s.hidden + i * kUnits * ld_h);
         });
       };
-      if (p.dinput.data || p.dw_ih || p.dw_hh || p.dw_hr)
+      if (p.dinput.data || p.dw_ih || p.dw_hh || p.dw_hr || p.dgates_ih.data)
         each_worker(rows, [&](int64_t begin, int64_t end, T*, T* hidden) { chunk_rows(s, t0, begin, end, hidden); });
       if (weights && !p.plan.packed) direct_weights(s, rows);
       if (weights && p.plan.packed)
