@@ -16,7 +16,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
   using Base::column_panel_size;
   using Base::column_panels;
   using Base::column_vectors;
-  using Base::gate_columns;
+  using Base::first_column;
   using Base::gate_panels;
   using Base::gate_row;
   using Base::gradient_product;
@@ -57,6 +57,9 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
   using typename Base::Params;
   using typename Base::V;
 
+  static constexpr int64_t kPanelRows = 2 * kSumRows;  // of dgates, copied for the weight gradients of one panel
+  static constexpr int64_t kPanelWidth = kPanelVectors * kLanes;
+
   struct Scratch {
     T *w_ih, *w_hh, *w_hr;        // panels for d = dgates W
     T *h0, *c0;                   // [N, ld_p], [N, ld_h]
@@ -66,19 +69,20 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
     T* dgates;                    // [chunk rows, gate_row]
     T* dprojected;                // [chunk rows, ld_p] gradient of the projected h
     T *input, *h_prev, *dproj_t;  // transposed chunk: [I, chunk rows], [P, chunk rows], [P, chunk rows]
-    T* panels;                    // [threads][kSumRows, kMaxPanel, kLanes]
+    T* panels;                    // [threads][kPanelRows, kMaxPanel, kLanes]
     T* hidden;                    // [threads][kUnits, ld_h], or [kInPlaceRows, ld_h]: h recomputed from the cell
-    T *dw_ih, *dw_hh;             // [I, gate_columns], [P, gate_columns], transposed
-    T *db_ih, *db_hh;             // [gate_columns]
+    T *dw_ih, *dw_hh;             // [gate_panels, I, kPanelWidth], [gate_panels, P, kPanelWidth]
+    T *db_ih, *db_hh;             // [gate_panels, kPanelWidth]
     T* dw_hr;                     // [P, ld_h]
     int64_t rows;                 // leading dimension of the transposed chunk
     int64_t size;
     Scratch(const SequenceBackward& d, T* base) {
       Arena<T> arena{base};
-      rows = ceil_div(d.p.plan.chunk_steps * d.N, kUnits) * kUnits;
+      // an odd number of lines: a power of two would send every row of the transposed chunk to the same cache sets
+      rows = (ceil_div(d.p.plan.chunk_steps * d.N, kUnits) | 1) * kUnits;
       w_ih = arena.take(d.p.dinput.data ? d.backward_panels_size(d.I) : 0);
       w_hh = arena.take(d.backward_panels_size(d.P));
-      w_hr = arena.take(d.projected ? column_panels(d.H) * column_panel_size(d.P) : 0);
+      w_hr = arena.take(d.projected ? d.column_panels(d.H) * column_panel_size(d.P) : 0);
       h0 = arena.take(d.N * d.ld_p);
       c0 = arena.take(Cell::kHasCell ? d.N * d.ld_h : 0);
       zeros = arena.take(max(d.ld_h, d.ld_p));
@@ -91,12 +95,13 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
       input = arena.take(packed && d.p.dw_ih && !d.p.tokens.data ? d.I * rows : 0);
       h_prev = arena.take(packed && d.p.dw_hh ? d.P * rows : 0);
       dproj_t = arena.take(d.p.dw_hr ? d.P * rows : 0);
-      panels = arena.take(d.p.plan.threads * kSumRows * kMaxPanel * kLanes);
+      panels = arena.take(d.p.plan.threads * kPanelRows * kMaxPanel * kLanes);
       hidden = arena.take(max(d.p.plan.threads * kUnits, kInPlaceRows) * d.ld_h);
-      dw_ih = arena.take(packed && d.p.dw_ih ? d.I * d.gate_columns : 0);
-      dw_hh = arena.take(packed && d.p.dw_hh ? d.P * d.gate_columns : 0);
-      db_ih = arena.take(d.gate_columns);
-      db_hh = arena.take(d.gate_columns);
+      const int64_t width = d.gate_panels * kPanelWidth;
+      dw_ih = arena.take(packed && d.p.dw_ih ? d.I * width : 0);
+      dw_hh = arena.take(packed && d.p.dw_hh ? d.P * width : 0);
+      db_ih = arena.take(width);
+      db_hh = arena.take(width);
       dw_hr = arena.take(d.p.dw_hr ? d.P * d.ld_h : 0);
       size = arena.used;
     }
@@ -223,17 +228,21 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
     }
   }
 
+  // dx of rows [begin, end) of the chunk at t0, panels [panel0, panel1) of its columns.
+  void chunk_dinput(const Scratch& s, int64_t t0, int64_t begin, int64_t end, int64_t panel0, int64_t panel1) const {
+    each_row_batch(t0, begin, end, kRowBatch, [&](int64_t r, int64_t n, const int64_t* t, const int64_t* j) {
+      const T* a[kRowBatch];
+      T* c[kRowBatch];
+      for (int64_t i = 0; i < n; ++i)
+        a[i] = s.dgates + (r + i) * gate_row + Cell::kInput * kUnits, c[i] = outside(p.dinput, t[i], j[i]);
+      gradient_product(n, p.w_ih, s.w_ih, Cell::kInputGates, I, panel0, panel1, false,
+                       RowOperands<T>{a, nullptr, c, 0, 0});
+    });
+  }
+
   // Rows [begin, end) of the chunk at t0: dx, and the transposed left operands of the weight gradients.
   void chunk_rows(const Scratch& s, int64_t t0, int64_t begin, int64_t end, T* buffer) const {
-    if (p.dinput.data)
-      each_row_batch(t0, begin, end, kRowBatch, [&](int64_t r, int64_t n, const int64_t* t, const int64_t* j) {
-        const T* a[kRowBatch];
-        T* c[kRowBatch];
-        for (int64_t i = 0; i < n; ++i)
-          a[i] = s.dgates + (r + i) * gate_row + Cell::kInput * kUnits, c[i] = outside(p.dinput, t[i], j[i]);
-        gradient_product(n, p.w_ih, s.w_ih, Cell::kInputGates, I, 0, column_panels(I), false,
-                         RowOperands<T>{a, nullptr, c, 0, 0});
-      });
+    if (p.dinput.data && p.plan.packed) chunk_dinput(s, t0, begin, end, 0, column_panels(I));
     if (p.plan.packed || p.dw_hr) chunk_transposes(s, t0, begin, end, buffer);
     if (p.dgates_ih.data) chunk_factors(s, t0, begin, end, buffer);
   }
@@ -276,31 +285,36 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
     });
   }
 
-  // C[m] += A[m] B over `rows` rows of the chunk; A [count, s.rows] transposed, C [count, ld], B a panel.
-  void accumulate(const Scratch& s, int64_t count, const T* A, int64_t rows, int nr, const T* panel, T* C, int64_t ld,
-                  int64_t offset, int64_t stride) const {
-    for (int64_t m = 0; m < count; m += kRowBatch) {
-      const int64_t n = min(kRowBatch, count - m);
-      const T* a[kRowBatch];
-      T* c[kRowBatch];
+  // C[m] += A[m] B over `rows` <= kPanelRows rows of the chunk, for m in [begin, end); A [.., s.rows] transposed,
+  // C [.., ld], B a panel. A few rows of C at a time take all sums while they are in the first-level cache.
+  void accumulate(const Scratch& s, int64_t begin, int64_t end, const T* A, int64_t rows, int nr, const T* B, T* C,
+                  int64_t ld) const {
+    constexpr int64_t kGroup = 48;  // a multiple of the rows of the tiles of 2, 3 and 4 vectors
+    for (int64_t m = begin; m < end; m += kGroup) {
+      const int64_t n = min(kGroup, end - m);
+      const T* a[kGroup];
+      T* c[kGroup];
       for (int64_t i = 0; i < n; ++i) a[i] = A + (m + i) * s.rows, c[i] = C + (m + i) * ld;
-      panel_product(n, nr, Inner{1, rows, 0, nr * kLanes}, panel, RowOperands<T>{a, c, c, offset, stride}, nothing);
+      for (int64_t r = 0; r < rows; r += kSumRows) {
+        panel_product(n, nr, Inner{1, min(kSumRows, rows - r), 0}, B + r * nr * kLanes,
+                      RowOperands<T>{a, c, c, 0, kLanes}, nothing);
+        for (int64_t i = 0; i < n; ++i) a[i] += kSumRows;
+      }
     }
   }
 
   // The same for dW_ih where the input is one-hot: each row of the panel joins the column of its token.
-  void accumulate_tokens(const Scratch& s, int64_t t0, int64_t first, int64_t rows, int nr, const T* panel,
-                         int64_t offset) const {
+  void accumulate_tokens(int64_t t0, int64_t first, int64_t rows, int nr, const T* panel, T* dw) const {
     each_row_batch(t0, first, first + rows, kRowBatch, [&](int64_t, int64_t n, const int64_t* t, const int64_t* j) {
       for (int64_t i = 0; i < n; ++i, panel += nr * kLanes) {
-        T* out = s.dw_ih + *outside(p.tokens, t[i], j[i]) * gate_columns + offset;
-        for (int q = 0; q < nr; ++q)
-          store(out + q * kPanelStride, load(out + q * kPanelStride) + load(panel + q * kLanes));
+        T* out = dw + *outside(p.tokens, t[i], j[i]) * kPanelWidth;
+        for (int q = 0; q < nr; ++q) store(out + q * kLanes, load(out + q * kLanes) + load(panel + q * kLanes));
       }
     });
   }
 
-  // Copies a panel of the chunk's dgates, rows [first, first + rows), and adds its column sums to the bias gradient.
+  // Copies a panel of the chunk's dgates, rows [first, first + rows), and adds its column sums to the bias gradient
+  // unless that is null.
   void gate_gradient_panel(const Scratch& s, int64_t first, int64_t rows, int64_t panel, int first_slot, T* dst,
                            T* db) const {
     const int nr = panel_vectors(panel);
@@ -312,26 +326,32 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
         sum[q] += d;
         store(dst + (r * nr + q) * kLanes, d);
       }
-    T* out = db + panel_offset(panel, kGates, 0);
-    for (int q = 0; q < nr; ++q) store(out + q * kPanelStride, load(out + q * kPanelStride) + sum[q]);
+    for (int q = 0; q < nr && db; ++q) {
+      T* out = db + panel * kPanelWidth + q * kLanes;
+      store(out, load(out) + sum[q]);
+    }
   }
 
-  // The chunk's part of the weight gradients, panels [begin, end) of the gates.
-  void chunk_weights(const Scratch& s, int64_t t0, int64_t rows, int64_t begin, int64_t end, T* buffer) const {
+  // The chunk's part of the weight gradients: of each panel of gates, part `part` of `parts` of the rows of dW_ih^T and
+  // dW_hh^T, one after the other.
+  void chunk_weights(const Scratch& s, int64_t t0, int64_t rows, int64_t panel, int64_t part, int64_t parts,
+                     T* buffer) const {
     const bool same = Cell::kInput == Cell::kRecurrent;  // then one copy serves both products and both biases
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const int nr = panel_vectors(panel);
-      const int64_t offset = panel_offset(panel, kGates, 0);
-      for (int64_t r = 0; r < rows; r += kSumRows) {
-        const int64_t n = min(kSumRows, rows - r);
-        gate_gradient_panel(s, r, n, panel, Cell::kInput, buffer, s.db_ih);
-        if (p.dw_ih && p.tokens.data)
-          accumulate_tokens(s, t0, r, n, nr, buffer, offset);
-        else if (p.dw_ih)
-          accumulate(s, I, s.input + r, n, nr, buffer, s.dw_ih, gate_columns, offset, kPanelStride);
-        if (!same) gate_gradient_panel(s, r, n, panel, Cell::kRecurrent, buffer, s.db_hh);
-        if (p.dw_hh) accumulate(s, P, s.h_prev + r, n, nr, buffer, s.dw_hh, gate_columns, offset, kPanelStride);
-      }
+    const int nr = panel_vectors(panel);
+    const int64_t inputs = p.dw_ih && !p.tokens.data ? I : 0, total = inputs + (p.dw_hh ? P : 0);
+    const int64_t begin = total * part / parts, end = total * (part + 1) / parts;
+    const bool first = part == 0;
+    T* dw_ih = s.dw_ih + panel * I * kPanelWidth;
+    T* dw_hh = s.dw_hh + panel * P * kPanelWidth;
+    for (int64_t r = 0; r < rows; r += kPanelRows) {
+      const int64_t n = min(kPanelRows, rows - r);
+      if (first || begin < inputs || same)
+        gate_gradient_panel(s, r, n, panel, Cell::kInput, buffer, first ? s.db_ih : nullptr);
+      if (first && p.dw_ih && p.tokens.data) accumulate_tokens(t0, r, n, nr, buffer, dw_ih);
+      accumulate(s, begin, min(end, inputs), s.input + r, n, nr, buffer, dw_ih, kPanelWidth);
+      if (!same && (first || end > inputs))
+        gate_gradient_panel(s, r, n, panel, Cell::kRecurrent, buffer, first ? s.db_hh : nullptr);
+      accumulate(s, max(begin, inputs) - inputs, end - inputs, s.h_prev + r, n, nr, buffer, dw_hh, kPanelWidth);
     }
   }
 
@@ -340,13 +360,13 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
                         T* hidden) const {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int nr = column_vectors(H, panel);
-      const int64_t v0 = panel * kMaxPanel;
-      for (int64_t r = 0; r < rows; r += kSumRows) {
-        const int64_t n = min(kSumRows, rows - r);
+      const int64_t v0 = first_column(H, panel) / kLanes;
+      for (int64_t r = 0; r < rows; r += kPanelRows) {
+        const int64_t n = min(kPanelRows, rows - r);
         for (int64_t i = 0; i < n; ++i)
           copy(buffer + i * nr * kLanes, recompute_hidden(p.first_row[t0] + r + i, v0, v0 + nr, hidden) + v0 * kLanes,
                nr * kLanes);
-        accumulate(s, P, s.dproj_t + r, n, nr, buffer, s.dw_hr, ld_h, v0 * kLanes, kLanes);
+        accumulate(s, 0, P, s.dproj_t + r, n, nr, buffer, s.dw_hr + v0 * kLanes, ld_h);
       }
     }
   }
@@ -404,17 +424,16 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
     });
   }
 
-  // [K, gate_columns] transposed and unpadded to torch's [G*H, K]; with K = 1 a bias.
+  // [gate_panels, K, kPanelWidth] transposed and unpadded to torch's [G*H, K]; with K = 1 a bias.
   void unpack_gates(const T* from, int64_t K, const int* gate_of, T* to) const {
     if (!to) return;
     parallel(gate_panels, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel)
         for (int q = 0; q < panel_vectors(panel); ++q) {
-          const int64_t offset = panel_offset(panel, kGates, 0) + q * kPanelStride;
           for (int64_t k = 0; k < K; k += kLanes) {
             const T* rows[kLanes] = {};
             const int64_t n = min(kLanes, K - k);
-            for (int64_t i = 0; i < n; ++i) rows[i] = from + (k + i) * gate_columns + offset;
+            for (int64_t i = 0; i < n; ++i) rows[i] = from + (panel * K + k + i) * kPanelWidth + q * kLanes;
             transpose_rows(rows, n, weight_lanes(panel, q), to + weight_row(gate_of, panel, q) * K + k, K, false);
           }
         }
@@ -432,7 +451,8 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
         divide(column_panels(H), [&](int64_t a, int64_t b) { backward_projection(s, t, j0, j1, a, b); });
       }
       divide(unit_vectors, [&](int64_t a, int64_t b) { backward_cells(s, t0, t, j0, j1, a, b); });
-      divide(column_panels(P), [&](int64_t a, int64_t b) { backward_hidden(s, t0, t, j0, j1, a, b); });
+      if (step > 0 || p.dh0)
+        divide(column_panels(P), [&](int64_t a, int64_t b) { backward_hidden(s, t0, t, j0, j1, a, b); });
       apply_resets(s.dh, s.dc, t, j0, j1);
     }
   }
@@ -445,7 +465,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
     if (projected)
       for (int64_t panel = 0; panel < column_panels(H); ++panel)
         for (int64_t k = 0, nr = column_vectors(H, panel); k < P; ++k)
-          pack_row(p.w_hr + k * H, H, panel, static_cast<int>(nr),
+          pack_row(p.w_hr + k * H, H, first_column(H, panel), static_cast<int>(nr),
                    s.w_hr + panel * column_panel_size(P) + k * nr * kLanes);
     zero(s.zeros, max(ld_h, ld_p));
     if (projected) zero(s.dh_raw, N * ld_h);  // the padding past the last vector is read, never written
@@ -454,10 +474,11 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
     if (Cell::kHasCell) load_state(p.c0, H, s.c0, 0, N), load_state(p.dc_n, H, s.dc, 0, N);
     const bool weights = p.dw_ih || p.dw_hh || p.db_ih || p.db_hh;
     if (p.plan.packed) {
-      if (p.dw_ih) zero(s.dw_ih, I * gate_columns);
-      if (p.dw_hh) zero(s.dw_hh, P * gate_columns);
-      zero(s.db_ih, gate_columns);
-      zero(s.db_hh, gate_columns);
+      const int64_t width = gate_panels * kPanelWidth;
+      if (p.dw_ih) zero(s.dw_ih, I * width);
+      if (p.dw_hh) zero(s.dw_hh, P * width);
+      zero(s.db_ih, width);
+      zero(s.db_hh, width);
     }
     if (p.dw_hr) zero(s.dw_hr, P * ld_h);
 
@@ -474,16 +495,22 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
         parallel(min(threads, n), [&](int64_t begin, int64_t end) {
           const int64_t parts = min(threads, n);
           for (int64_t i = begin; i < end; ++i)
-            body(n * i / parts, n * (i + 1) / parts, s.panels + i * kSumRows * kMaxPanel * kLanes,
+            body(n * i / parts, n * (i + 1) / parts, s.panels + i * kPanelRows * kMaxPanel * kLanes,
                  s.hidden + i * kUnits * ld_h);
         });
       };
+      if (p.dinput.data && !p.plan.packed)  // few rows: each thread takes columns, and reads only those of W_ih
+        parallel(column_panels(I), [&](int64_t begin, int64_t end) { chunk_dinput(s, t0, 0, rows, begin, end); });
       if (p.dinput.data || p.dw_ih || p.dw_hh || p.dw_hr || p.dgates_ih.data)
         each_worker(rows, [&](int64_t begin, int64_t end, T*, T* hidden) { chunk_rows(s, t0, begin, end, hidden); });
       if (weights && !p.plan.packed) direct_weights(s, rows);
-      if (weights && p.plan.packed)
-        each_worker(gate_panels,
-                    [&](int64_t begin, int64_t end, T* buffer, T*) { chunk_weights(s, t0, rows, begin, end, buffer); });
+      if (weights && p.plan.packed) {
+        // Few panels do not share out evenly; their rows do.
+        const int64_t parts = gate_panels % threads == 0 || gate_panels >= 8 * threads ? 1 : threads;
+        each_worker(gate_panels * parts, [&](int64_t begin, int64_t end, T* buffer, T*) {
+          for (int64_t i = begin; i < end; ++i) chunk_weights(s, t0, rows, i / parts, i % parts, parts, buffer);
+        });
+      }
       if (p.dw_hr)
         each_worker(column_panels(H), [&](int64_t begin, int64_t end, T* buffer, T* hidden) {
           chunk_projection(s, t0, rows, begin, end, buffer, hidden);

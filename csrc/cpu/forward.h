@@ -14,6 +14,8 @@ struct SequenceForward : SequenceLayout<Cell, T> {
   using Base::Base;
   using Base::column_panel_size;
   using Base::column_panels;
+  using Base::first_column;
+  using Base::first_unit;
   using Base::gate_panel_size;
   using Base::gate_panels;
   using Base::gate_product;
@@ -23,7 +25,6 @@ struct SequenceForward : SequenceLayout<Cell, T> {
   using Base::kGates;
   using Base::kLanes;
   using Base::kPanelStride;
-  using Base::kPanelUnits;
   using Base::kSlots;
   using Base::ld_h;
   using Base::ld_p;
@@ -66,7 +67,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
       const bool packed = d.p.plan.packed;
       w_ih = arena.take(packed ? d.gate_panels * d.gate_panel_size(d.I) : 0);
       w_hh = arena.take(packed ? d.gate_panels * d.gate_panel_size(d.P) : 0);
-      w_hr = arena.take(d.projected ? column_panels(d.P) * column_panel_size(d.H) : 0);
+      w_hr = arena.take(d.projected ? d.column_panels(d.P) * column_panel_size(d.H) : 0);
       bias = arena.take(d.gate_row);
       for (T*& one : h) one = arena.take(d.N * d.ld_p);
       c = arena.take(Cell::kHasCell ? d.N * d.ld_h : 0);
@@ -157,7 +158,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
         gate_product(n, P, p.w_hh, s.w_hh, Cell::kRecurrentGates, Cell::kRecurrent, panel,
                      panel + 1 < panel1 ? panel + 1 : panel0, RowOperands<T>{a, c, c, 0, 0},
                      [&](int64_t begin, int64_t end) {
-                       const int64_t v0 = panel * kPanelUnits, v1 = min(v0 + kPanelUnits, unit_vectors);
+                       const int64_t v0 = first_unit(panel), v1 = first_unit(panel + 1);
                        for (int64_t i = begin; i < end; ++i) step_cell(s, step, j + i, v0, v1, c[i]);
                      });
     }
@@ -201,7 +202,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
       for (int64_t i = 0; i < n; ++i) a[i] = s.h_raw + (j + i) * ld_h, c[i] = s.h[(step + 1) % 2] + (j + i) * ld_p;
       packed_product(n, H, s.w_hr, P, panel0, panel1, RowOperands<T>{a, nullptr, c, 0, 0});
     }
-    const int64_t first = panel0 * kMaxPanel * kLanes, end = min(panel1 * kMaxPanel * kLanes, ld_p);
+    const int64_t first = first_column(P, panel0), end = min(first_column(P, panel1), ld_p);
     for (int64_t j = j0; j < last; ++j) {
       const T* h = s.h[(step + 1) % 2] + j * ld_p;
       copy(outside(p.output, t, j) + first, h + first, min(end, P) - first);

@@ -85,7 +85,7 @@ struct SequenceLayout {
         ld_p(padded(P)),
         gate_row(ld_h * kSlots),
         unit_vectors(ld_h / kLanes),
-        gate_panels(ceil_div(unit_vectors, kPanelUnits)),
+        gate_panels(panels_of(unit_vectors, kPanelUnits)),
         gate_columns(ld_h * kGates) {}
 
   // ---- where things are ----
@@ -95,16 +95,24 @@ struct SequenceLayout {
     const int64_t unit = v * kLanes;
     return unit / kUnits * slots * kUnits + s * kUnits + unit % kUnits;
   }
-  int panel_vectors(int64_t panel) const {
-    return kGates == 1 ? static_cast<int>(min(kPanelVectors, unit_vectors - panel * kPanelUnits)) : kPanelVectors;
+  // Into how many panels of at most `most` vectors so many are split: as few as can be, but where threads share the
+  // panels as many for each. The split is even, because narrow panels make slow tiles.
+  int64_t panels_of(int64_t vectors, int64_t most) const {
+    const int64_t least = ceil_div(vectors, most), threads = p.plan.threads;
+    return p.plan.schedule == Schedule::kUnits ? min(vectors, ceil_div(least, threads) * threads) : least;
   }
-  int64_t panel_offset(int64_t panel, int slots, int s) const { return unit_offset(panel * kPanelUnits, slots, s); }
+  // First vector of units of a panel of gates; that of panel gate_panels is the end.
+  int64_t first_unit(int64_t panel) const { return unit_vectors * panel / gate_panels; }
+  int panel_vectors(int64_t panel) const {
+    return kGates == 1 ? static_cast<int>(first_unit(panel + 1) - first_unit(panel)) : kPanelVectors;
+  }
+  int64_t panel_offset(int64_t panel, int slots, int s) const { return unit_offset(first_unit(panel), slots, s); }
   // Row of W_ih or W_hh that lane 0 of vector q of a panel comes from, and how many lanes have one.
   int64_t weight_row(const int* gate_of, int64_t panel, int q) const {
-    return kGates == 1 ? (panel * kPanelUnits + q) * kLanes : gate_of[q] * H + panel * kLanes;
+    return kGates == 1 ? (first_unit(panel) + q) * kLanes : gate_of[q] * H + panel * kLanes;
   }
   int64_t weight_lanes(int64_t panel, int q) const {
-    const int64_t unit = kGates == 1 ? (panel * kPanelUnits + q) * kLanes : panel * kLanes;
+    const int64_t unit = (first_unit(panel) + (kGates == 1 ? q : 0)) * kLanes;
     return max(0, min(kLanes, H - unit));
   }
 
@@ -171,10 +179,15 @@ struct SequenceLayout {
     });
   }
 
-  // Panels for products with `columns` plain columns: [panels][K][vectors][kLanes], kMaxPanel vectors but in the last.
-  static int64_t column_panels(int64_t columns) { return ceil_div(ceil_div(columns, kLanes), kMaxPanel); }
-  static int column_vectors(int64_t columns, int64_t panel) {
-    return static_cast<int>(min(kMaxPanel, ceil_div(columns, kLanes) - panel * kMaxPanel));
+  // Panels for products with `columns` plain columns: [panels][K][vectors][kLanes], at most kMaxPanel vectors.
+  int64_t column_panels(int64_t columns) const { return panels_of(ceil_div(columns, kLanes), kMaxPanel); }
+  // First column of a panel; that of panel column_panels is the padded end.
+  int64_t first_column(int64_t columns, int64_t panel) const {
+    const int64_t vectors = ceil_div(columns, kLanes), panels = column_panels(columns);
+    return panels == 0 ? 0 : vectors * panel / panels * kLanes;
+  }
+  int column_vectors(int64_t columns, int64_t panel) const {
+    return static_cast<int>((first_column(columns, panel + 1) - first_column(columns, panel)) / kLanes);
   }
   static int64_t column_panel_size(int64_t K) { return K * kMaxPanel * kLanes; }
 
@@ -183,7 +196,7 @@ struct SequenceLayout {
     for (int64_t panel = 0; panel < column_panels(P); ++panel) {
       const int nr = column_vectors(P, panel);
       for (int q = 0; q < nr; ++q) {
-        const int64_t first = (panel * kMaxPanel + q) * kLanes;
+        const int64_t first = first_column(P, panel) + q * kLanes;
         const T* rows[kLanes] = {};
         const int64_t lanes = min(kLanes, P - first);
         for (int64_t i = 0; i < lanes; ++i) rows[i] = w + (first + i) * H;
@@ -192,10 +205,9 @@ struct SequenceLayout {
     }
   }
 
-  // One row of K of a column panel: `source` null or short is padded with zeros.
-  static void pack_row(const T* source, int64_t columns, int64_t panel, int nr, T* dst) {
-    const int64_t first = panel * kMaxPanel * kLanes, width = nr * kLanes;
-    const int64_t have = source ? min(width, columns - first) : 0;
+  // One row of K of a column panel that begins at column `first`: `source` null or short is padded with zeros.
+  static void pack_row(const T* source, int64_t columns, int64_t first, int nr, T* dst) {
+    const int64_t width = nr * kLanes, have = source ? min(width, columns - first) : 0;
     copy(dst, source + first, have);
     zero(dst + have, width - have);
   }
@@ -209,11 +221,12 @@ struct SequenceLayout {
     parallel(column_panels(columns), [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         const int nr = column_vectors(columns, panel);
+        const int64_t first = first_column(columns, panel);
         T* dst = panels + panel * column_panel_size(gate_columns);
         for (int64_t block = 0; block < ld_h; block += kUnits)
           for (int q = 0; q < kGates; ++q)
             for (int64_t unit = block; unit < block + kUnits; ++unit, dst += nr * kLanes)
-              pack_row(unit < H ? w + (gate_of[q] * H + unit) * columns : nullptr, columns, panel, nr, dst);
+              pack_row(unit < H ? w + (gate_of[q] * H + unit) * columns : nullptr, columns, first, nr, dst);
       }
     });
   }
@@ -241,7 +254,7 @@ struct SequenceLayout {
     io.stride = kPanelStride;
     if (p.plan.packed) {
       const int64_t size = gate_panel_size(K);
-      panel_product(rows, nr, Inner{1, K, 0, nr * kLanes}, panels + panel * size, io, after, panels + next * size);
+      panel_product(rows, nr, Inner{1, K, 0}, panels + panel * size, io, after, panels + next * size);
       return;
     }
     for (int q = 0; q < nr; ++q) {
@@ -254,9 +267,9 @@ struct SequenceLayout {
   // C = C_in + A B for one column panel; product(rows, io) computes whole vectors. `columns` of C exist, its rows are
   // padded where `is_padded`; else the last, partial panel (never with C_in) goes through the stack.
   template <typename Product>
-  static void column_panel(int64_t rows, int64_t columns, int64_t panel, bool is_padded, RowOperands<T> io,
-                           Product product) {
-    const int64_t first = panel * kMaxPanel * kLanes;
+  void column_panel(int64_t rows, int64_t columns, int64_t panel, bool is_padded, RowOperands<T> io,
+                    Product product) const {
+    const int64_t first = first_column(columns, panel);
     io.stride = kLanes;
     io.offset = first;
     if (is_padded || first + column_vectors(columns, panel) * kLanes <= columns) {
@@ -281,7 +294,7 @@ struct SequenceLayout {
     for (int64_t panel = panel0; panel < panel1; ++panel) {
       const int nr = column_vectors(columns, panel);
       column_panel(rows, columns, panel, true, io, [&](int64_t n, const RowOperands<T>& part) {
-        panel_product(n, nr, Inner{1, K, 0, nr * kLanes}, panels + panel * column_panel_size(K), part, nothing);
+        panel_product(n, nr, Inner{1, K, 0}, panels + panel * column_panel_size(K), part, nothing);
       });
     }
   }
@@ -291,13 +304,14 @@ struct SequenceLayout {
   void gradient_product(int64_t rows, const T* w, const T* panels, const int* gate_of, int64_t columns, int64_t panel0,
                         int64_t panel1, bool is_padded, const RowOperands<T>& io) const {
     if (!p.plan.packed) {
-      const int64_t width = kMaxPanel * kLanes;
-      gradient_in_place(rows, w, gate_of, columns, panel0 * width, min(panel1 * width, columns), io);
+      gradient_in_place(rows, w, gate_of, columns, first_column(columns, panel0),
+                        min(first_column(columns, panel1), columns), io);
       return;
     }
     for (int64_t panel = panel0; panel < panel1; ++panel) {
       const int nr = column_vectors(columns, panel);
-      const Inner inner{ld_h / kUnits, kGates * kUnits, kSlots * kUnits, nr * kLanes};
+      const Inner inner =
+          kGates == kSlots ? Inner{1, gate_columns, 0} : Inner{ld_h / kUnits, kGates * kUnits, kSlots * kUnits};
       column_panel(rows, columns, panel, is_padded, io, [&](int64_t n, const RowOperands<T>& part) {
         const int64_t size = column_panel_size(gate_columns), next = panel + 1 < panel1 ? panel + 1 : panel0;
         panel_product(n, nr, inner, panels + panel * size, part, nothing, panels + next * size);

@@ -35,17 +35,17 @@ constexpr int tile_rows(int nr) {
 }
 
 // The K of a product. In a row of A: `count` runs of `length` consecutive elements, `stride` apart (a plain row is one
-// run). In B: each k is `step` elements after the one before.
+// run). In B they follow each other.
 struct Inner {
-  int64_t count, length, stride, step;
+  int64_t count, length, stride;
 };
 
-// Memory to bring into the second-level cache while a tile runs: at each k the lines at `next` and `next + second`,
-// then `step` further, in bytes. Weights larger than that cache would else be waited for by the first row block of a
-// panel.
+// Memory to bring into the second-level cache while a tile runs: with every second k, `lines` lines that begin at
+// `next` and lie `apart`; then `step` further. Distances in bytes. Weights larger than that cache would else be waited
+// for by the first row block of a panel. More lines than needed would cost the tile a tenth of its time.
 struct Prefetch {
   const char* next;
-  int64_t step, second;
+  int64_t step, apart, lines;
 };
 
 // The rows of A and C. Vector q of row m of C is read at c_in[m] + offset + q * stride (c_in null: zero) and written at
@@ -69,34 +69,37 @@ void tile(Inner inner, const T* b, const RowOperands<T>& io, Prefetch ahead) {
   const T* a[M];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) a[m] = io.a[m];
+  if (kPrefetch && io.c_in)
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int q = 0; q < NR; ++q) __builtin_prefetch(io.c_in[m] + io.offset + q * io.stride);
+  const auto add = [&](int set, int64_t k, const T* from) {
+    V row[NR];
+#pragma GCC unroll 4
+    for (int q = 0; q < NR; ++q) row[q] = load(from + q * kLanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const V element = a[m][k] - V{};  // a broadcast: x - 0 is x, where 0 + x is not for -0
+#pragma GCC unroll 4
+      for (int q = 0; q < NR; ++q) acc[set][m][q] += element * row[q];
+    }
+  };
   for (int64_t run = 0; run < inner.count; ++run) {
     int64_t k = 0;
-    for (; k + kSets <= inner.length; k += kSets) {
-#pragma GCC unroll 2
-      for (int s = 0; s < kSets; ++s) {
-        V row[NR];
-#pragma GCC unroll 4
-        for (int q = 0; q < NR; ++q) row[q] = load(b + s * inner.step + q * kLanes);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-          const V element = a[m][k + s] - V{};  // a broadcast: x - 0 is x, where 0 + x is not for -0
-#pragma GCC unroll 4
-          for (int q = 0; q < NR; ++q) acc[s][m][q] += element * row[q];
-        }
-      }
-      b += kSets * inner.step;
+    for (; k + 2 <= inner.length; k += 2) {
+      add(0, k, b);
+      add(kSets - 1, k + 1, b + NR * kLanes);
+      b += 2 * NR * kLanes;
       if (kPrefetch) {
-        __builtin_prefetch(ahead.next, 0, 2);
-        __builtin_prefetch(ahead.next + ahead.second, 0, 2);
+        if (ahead.lines > 0) __builtin_prefetch(ahead.next, 0, 2);
+        for (int64_t i = 1; i < ahead.lines; ++i) __builtin_prefetch(ahead.next + i * ahead.apart, 0, 2);
         ahead.next += ahead.step;
       }
     }
-    if (kSets == 2 && k < inner.length) {
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-        for (int q = 0; q < NR; ++q) acc[0][m][q] += a[m][k] * load(b + q * kLanes);
-      b += inner.step;
+    if (k < inner.length) {
+      add(0, k, b);
+      b += NR * kLanes;
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) a[m] += inner.stride;
@@ -135,13 +138,10 @@ void tile_of_rows(int m, Inner inner, const T* b, const RowOperands<T>& io, Pref
   }
 }
 
-// C = C_in + A B for `rows` rows and one panel of nr vectors, then after(begin, end) on each block of rows just
-// written. Row blocks are kept even: 8 rows are 4 + 4, not 6 + 2. `next`, if given, is the panel of the same size that
-// the caller will want next; the row blocks share the fetching of its lines.
+// C = C_in + A B for `rows` rows and one panel of nr vectors, as panel_product below but for one stretch of K.
 template <typename T, typename After>
-inline void panel_product(int64_t rows, int nr, Inner inner, const T* b, const RowOperands<T>& io, After after,
-                          const T* next = nullptr) {
-  if (rows == 0) return;
+inline void panel_stretch(int64_t rows, int nr, Inner inner, const T* b, const RowOperands<T>& io, After after,
+                          const T* next) {
   const int64_t most = nr == 4 ? tile_rows(4) : nr == 3 ? tile_rows(3) : nr == 2 ? tile_rows(2) : tile_rows(1);
   const int64_t blocks = (rows + most - 1) / most;
   for (int64_t i = 0; i < blocks; ++i) {
@@ -149,13 +149,11 @@ inline void panel_product(int64_t rows, int nr, Inner inner, const T* b, const R
     const RowOperands<T> part{io.a + begin, io.c_in ? io.c_in + begin : nullptr, io.c_out + begin, io.offset,
                               io.stride};
     const int m = static_cast<int>(end - begin);
-    // Of the nr lines of each k, block i takes line i, and line i + blocks if there is one.
-    constexpr int64_t kLine = 64;
-    const int64_t bytes = nr * kVectorBytes;
-    Prefetch ahead{reinterpret_cast<const char*>(b), 0, 0};
-    if (next && i * kLine < bytes)
-      ahead = {reinterpret_cast<const char*>(next) + i * kLine, bytes,
-               (i + blocks) * kLine < bytes ? blocks * kLine : 0};
+    // Of the lines of each pair of k, block i takes line i, line i + blocks and so on. The second-level cache fetches
+    // lines in pairs.
+    constexpr int64_t kLine = 128;
+    const int64_t bytes = 2 * nr * kVectorBytes, lines = next ? (bytes / kLine - i + blocks - 1) / blocks : 0;
+    const Prefetch ahead{reinterpret_cast<const char*>(next) + i * kLine, bytes, blocks * kLine, lines};
     switch (nr) {
       case 1:
         tile_of_rows<T, 1>(m, inner, b, part, ahead);
@@ -172,6 +170,34 @@ inline void panel_product(int64_t rows, int nr, Inner inner, const T* b, const R
     }
     after(begin, end);
   }
+}
+
+// C = C_in + A B for `rows` rows and one panel of nr vectors, then after(begin, end) on each block of rows just
+// written. Row blocks are kept even: 8 rows are 4 + 4, not 6 + 2. `next`, if given, is the panel of the same size that
+// the caller will want next; the row blocks share the fetching of its lines. A long K is taken in stretches, so that a
+// stretch of the panel and the one fetched ahead stay in the second-level cache for all rows; at most kMostRows rows.
+template <typename T, typename After>
+inline void panel_product(int64_t rows, int nr, Inner inner, const T* b, RowOperands<T> io, After after,
+                          const T* next = nullptr) {
+  constexpr int64_t kStretch = 1024, kMostRows = 256;
+  // whole runs, or a part of the only one
+  const int64_t runs = inner.count == 1 ? 1 : kStretch / inner.length;
+  const int64_t length = inner.count == 1 ? kStretch : inner.length;
+  const T* a[kMostRows];
+  if (rows == 0) return;
+  if (inner.count > runs || inner.length > length) {
+    for (int64_t i = 0; i < rows; ++i) a[i] = io.a[i];
+    io.a = a;
+  }
+  while (inner.count > runs || inner.length > length) {
+    const T* rest = b + runs * length * nr * Lanes<T>::kCount;
+    panel_stretch(rows, nr, Inner{runs, length, inner.stride}, b, io, [](int64_t, int64_t) {}, rest);
+    for (int64_t i = 0; i < rows; ++i) a[i] += inner.count == 1 ? length : runs * inner.stride;
+    (inner.count == 1 ? inner.length : inner.count) -= inner.count == 1 ? length : runs;
+    io.c_in = io.c_out;
+    b = rest;
+  }
+  panel_stretch(rows, nr, inner, b, io, after, next);
 }
 
 // Squares of vectors, as many as each has lanes. With 64-byte vectors and a compiler that shuffles two of them by an
