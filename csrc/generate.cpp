@@ -1,18 +1,20 @@
 // The loops of the heads (lm.py, forecast.py): torch.ops.rnnfast._generate and _forecast. Each step feeds the model's
-// own last output back to it: input, the stack of layers, output layer, choice. The operators of ops.cpp are called
-// through the dispatcher without Python between the steps, with the shapes a loop over the modules would use, so that
-// both give the same numbers. No gradients here.
+// own last output back to it: input, the stack of layers, output layer, choice. The kernels are those of the operators,
+// with the shapes a loop over the modules would use, so that both give the same numbers. No gradients here.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
+
+#include "step.h"
 
 namespace rnnfast {
 namespace {
@@ -27,8 +29,8 @@ constexpr int64_t kWeightsPerLayer = 5;  // weight_ih, weight_hh, bias_ih, bias_
 class Stack {
  public:
   // h [L, N, P] and c [L, N, H] or null for zeros; weights: kWeightsPerLayer for each layer, those not there null.
-  Stack(std::string cell, const MaybeTensors& weights, const MaybeTensor& h, const MaybeTensor& c)
-      : op_(c10::Dispatcher::singleton().findSchemaOrThrow(("rnnfast::" + cell).c_str(), "").typed<Op>()) {
+  Stack(const std::string& cell, const MaybeTensors& weights, const MaybeTensor& h, const MaybeTensor& c)
+      : cell_(cell), op_(c10::Dispatcher::singleton().findSchemaOrThrow(("rnnfast::" + cell).c_str(), "").typed<Op>()) {
     TORCH_CHECK_VALUE(!weights.empty() && weights.size() % kWeightsPerLayer == 0, "weights: expected ",
                       kWeightsPerLayer, " for each layer, got ", weights.size());
     const int64_t layers = static_cast<int64_t>(weights.size()) / kWeightsPerLayer;
@@ -69,15 +71,27 @@ class Stack {
     return x;
   }
 
+  // One step, [1, N, I] or tokens [1, N] to [1, N, P]; the result is written again by the next. After it, no `run`.
+  Tensor step(Tensor x) {
+    for (size_t l = 0; l < weights_.size(); ++l) {
+      if (l == steppers_.size()) steppers_.push_back(make_stepper(cell_, x, h_[l], c_[l], weights_[l]));
+      x = steppers_[l]->step(x);
+    }
+    return x;
+  }
+
   // h [L, N, P] and c [L, N, H] ([0] for a cell without), in memory of their own.
   std::tuple<Tensor, Tensor> state(const at::TensorOptions& options) const {
-    const auto stack = [&](const std::vector<MaybeTensor>& from) {
-      if (!from[0]) return at::empty({0}, options);
+    const auto stack = [&](const std::vector<MaybeTensor>& from, Tensor (Stepper::*now)() const) {
       std::vector<Tensor> all;
-      for (const MaybeTensor& one : from) all.push_back(*one);
+      for (size_t l = 0; l < from.size(); ++l) {
+        const Tensor one = steppers_.empty() ? from[l].value_or(Tensor()) : (*steppers_[l].*now)();
+        if (!one.defined()) return at::empty({0}, options);
+        all.push_back(one);
+      }
       return at::stack(all);
     };
-    return {stack(h_), stack(c_)};
+    return {stack(h_, &Stepper::h), stack(c_, &Stepper::c)};
   }
 
  private:
@@ -85,9 +99,25 @@ class Stack {
                                                 const Tensor&, const MaybeTensor&, const MaybeTensor&,
                                                 const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
                                                 const MaybeTensor&, bool);
+  std::string cell_;
   c10::TypedOperatorHandle<Op> op_;
   std::vector<std::vector<MaybeTensor>> weights_;
-  std::vector<MaybeTensor> h_, c_;
+  std::vector<MaybeTensor> h_, c_;  // before the first step
+  std::vector<std::unique_ptr<Stepper>> steppers_;
+};
+
+// What linear(x, weight, bias) gives of x [1, N, P], as [N, O], again and again into the same memory.
+class Output {
+ public:
+  Output(const Tensor& weight, const MaybeTensor& bias) : weight_(weight.t()), bias_(bias.value_or(Tensor())) {}
+  const Tensor& operator()(const Tensor& x) {
+    const Tensor rows = x.squeeze(0);
+    if (!out_.defined()) out_ = at::empty({rows.size(0), weight_.size(1)}, rows.options());
+    return bias_.defined() ? at::addmm_out(out_, bias_, rows, weight_) : at::mm_out(out_, rows, weight_);
+  }
+
+ private:
+  Tensor weight_, bias_, out_;
 };
 
 // ---- language model ----
@@ -168,7 +198,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> generate(
   TORCH_CHECK_VALUE(stop_token >= -1 && stop_token < V, "stop_token: expected -1 (none) or a token below V = ", V,
                     ", got ", stop_token);
 
+  const at::NoGradGuard no_grad;
   Stack stack(cell, weights, h, c);
+  Output output(output_weight, output_bias);
   Choice choose(V, sample, alpha, top_k, top_p);
   Tensor tokens = at::empty({num_tokens, N}, at::kLong), done = finished.clone(), next = scores.clone();
   int64_t* token = tokens.mutable_data_ptr<int64_t>();
@@ -190,8 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> generate(
       is_done[n] = is_done[n] || now[n] == stop_token;
     }
     const Tensor row = tokens.narrow(0, written, 1);
-    const Tensor output = stack.run(embedding ? at::embedding(*embedding, row) : row);
-    next = at::linear(output, output_weight, output_bias).squeeze(0);
+    next = output(stack.step(embedding ? at::embedding(*embedding, row) : row));
   }
   auto [h_n, c_n] = stack.state(scores.options());
   return {written == num_tokens ? tokens : tokens.narrow(0, 0, written).clone(), next, h_n, c_n, done};
@@ -216,7 +247,9 @@ std::tuple<Tensor, Tensor> forecast(std::string cell, const MaybeTensor& window,
   TORCH_CHECK_VALUE(num_steps >= 1, "num_steps: expected at least 1, got ", num_steps);
   TORCH_CHECK_VALUE(!sample || distribution, "sample: expected false without a distribution");
   const int64_t F = output_weight.size(0) / (distribution ? 2 : 1);
+  const at::NoGradGuard no_grad;
   Stack stack(cell, weights, h, c);
+  Output output(output_weight, output_bias);
   std::vector<Tensor> means, scales, recent;
   if (window) recent = window->unbind(0);
   Tensor said = head ? *head : Tensor(), value;
@@ -226,7 +259,7 @@ std::tuple<Tensor, Tensor> forecast(std::string cell, const MaybeTensor& window,
       stack.set_state(std::nullopt, std::nullopt);
       said = at::linear(stack.run(at::stack(recent)).select(0, -1), output_weight, output_bias);
     } else if (step > 0) {
-      said = at::linear(stack.run(value.unsqueeze(0)), output_weight, output_bias).squeeze(0);
+      said = output(stack.step(value.unsqueeze(0))).clone();
     }
     value = said.narrow(-1, 0, F);
     if (distribution) {

@@ -24,6 +24,7 @@
 #endif
 
 #include "sequence.h"
+#include "step.h"
 
 namespace rnnfast {
 namespace {
@@ -165,6 +166,43 @@ class Call {
     if (with_all_c) all_c = all_c.to(dtype_);
     return {output.to(dtype_), h_n.to(dtype_), c_n.to(dtype_), gates, cells, hidden, all_c};
   }
+
+  // The call once more, for a single step, from where it left the state: what Stepper promises. The first time it makes
+  // the memory that all of them use.
+  Tensor step(const Tensor& input) {
+    if (!output_.defined()) {
+      const auto options = input_.options().dtype(compute_);
+      const auto own = [&](const Tensor& t, int64_t units) {
+        return t.defined() ? t.clone() : at::zeros({size_.N, units}, options);
+      };
+      h0_ = own(h0_, size_.P);
+      if (cell_.has_cell) c0_ = own(c0_, size_.H);
+      output_ = at::empty({1, size_.N, size_.P}, options);
+      fill_rows();
+    }
+    if (is_tokens_) check_tokens(input, false);
+    TORCH_CHECK_VALUE(input.scalar_type() == (is_tokens_ ? at::kLong : dtype_) && input.dim() == (is_tokens_ ? 2 : 3) &&
+                          input.size(0) == 1 && input.size(1) == size_.N && (is_tokens_ || input.size(2) == size_.I),
+                      what("input"), "expected a step of the shape and dtype of the first, got ", input.scalar_type(),
+                      " ", input.sizes());
+    input_ = is_tokens_ ? input.contiguous() : rows(input);
+    dispatch([&](auto zero, const auto& driver) {
+      using T = decltype(zero);
+      SequenceParams<T> p = params<T>(false);
+      p.output = {output_.mutable_data_ptr<T>(), size_.N * size_.P, size_.P};
+      p.h_n = h0_.mutable_data_ptr<T>();  // the driver reads the old state before it writes the new one
+      p.c_n = cell_.has_cell ? c0_.mutable_data_ptr<T>() : nullptr;
+      if (!scratch_.defined()) scratch_ = empty({driver.forward_scratch(p)}, output_.options());
+      p.scratch = scratch_.mutable_data_ptr<T>();
+      driver.forward(p);
+    });
+    if (dtype_ == compute_) return output_;
+    h0_.copy_(h0_.to(dtype_));  // between steps the state has the precision of its dtype
+    if (cell_.has_cell) c0_.copy_(c0_.to(dtype_));
+    return output_.to(dtype_);
+  }
+  Tensor last_h() const { return h0_.to(dtype_); }
+  Tensor last_c() const { return cell_.has_cell ? c0_.to(dtype_) : Tensor(); }
 
   // With `factors` the five weight gradients are replaced by dgates_ih, dgates_hh, h_prev, dprojected and h_raw of
   // SequenceParams, in the accumulating dtype, shaped as output but for the last dimension.
@@ -485,7 +523,19 @@ class Call {
   std::vector<Dim> outer_dims_;
   Tensor batch_sizes_, lengths_, resets_;
   Tensor input_, h0_, c0_, weight_ih_, weight_hh_, bias_ih_, bias_hh_, weight_hr_;
+  Tensor output_, scratch_;  // of step()
   std::vector<int64_t> active_, first_row_, order_;
+};
+
+class CallStepper : public Stepper {
+ public:
+  explicit CallStepper(Call call) : call_(std::move(call)) {}
+  Tensor step(const Tensor& input) override { return call_.step(input); }
+  Tensor h() const override { return call_.last_h(); }
+  Tensor c() const override { return call_.last_c(); }
+
+ private:
+  Call call_;
 };
 
 // ---- dispatcher ----
@@ -623,6 +673,17 @@ Tensor sample_products(const Tensor& left, const Tensor& right, int64_t size) {
 }
 
 }  // namespace
+
+std::unique_ptr<Stepper> make_stepper(const std::string& cell, const Tensor& input, const MaybeTensor& h0,
+                                      const MaybeTensor& c0, const std::vector<MaybeTensor>& weights) {
+  const DriverTable& table = drivers();
+  const auto* end = table.cells + table.num_cells;
+  const auto* found = std::find_if(table.cells, end, [&](const CellInfo& info) { return cell == info.name; });
+  TORCH_CHECK_VALUE(found != end, "cell: expected one of this build, got ", cell);
+  return std::make_unique<CallStepper>(Call(static_cast<int>(found - table.cells), input, h0, c0, *weights.at(0),
+                                            *weights.at(1), weights.at(2), weights.at(3), weights.at(4), std::nullopt,
+                                            std::nullopt, std::nullopt, false));
+}
 
 TORCH_LIBRARY(rnnfast, m) {
   m.def("_sample_products(Tensor left, Tensor right, int size) -> Tensor", {at::Tag::pt2_compliant_tag});

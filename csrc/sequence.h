@@ -113,6 +113,20 @@ struct Driver {
   void (*backward)(const SequenceParams<T>&);
 };
 
+// Rows that the softmax takes at a time; ld is a multiple of it.
+constexpr int64_t kSoftmaxRows = 16;
+
+// Softmax cross entropy of `rows` rows of V scores each, that lie as columns.
+template <typename T>
+struct SoftmaxParams {
+  int64_t rows, V, ld;
+  T* scores;      // [V, ld], of which `rows` columns count; with `grad` = softmax(scores + bias) - one_hot(target)
+  const T* bias;  // [V] or null
+  const int64_t* targets;   // [rows], 0 <= target < V
+  T *total, *target_score;  // [rows], =: the loss is log(total) - target_score
+  bool grad;
+};
+
 constexpr int kMaxCells = 32;
 
 // Everything compiled for one instruction set; cell i of one is cell i of all.
@@ -122,6 +136,8 @@ struct DriverTable {
   CellInfo cells[kMaxCells];
   Driver<float> f32[kMaxCells];
   Driver<double> f64[kMaxCells];
+  void (*softmax_f32)(const SoftmaxParams<float>&, int64_t begin, int64_t end);  // rows [begin, end)
+  void (*softmax_f64)(const SoftmaxParams<double>&, int64_t begin, int64_t end);
 };
 
 // cpu/dispatch.cpp: the table of the instruction set in force.

@@ -45,8 +45,8 @@ class RNNAutoRegression(nn.Module):
     r"""Predicts the next value of a series from its last ``tau`` values, or from all before it.
 
     Args:
-        rnn: an RNN, GRU or LSTM of one direction and any depth; its input size is ``F``. Series are ``[T, N, F]``
-            whatever its ``batch_first`` says, which must be False.
+        rnn: an RNN, GRU or LSTM of one direction and any depth; its input size is ``F``. With ``batch_first``
+            series, and all that is said of them below, begin with ``[N, T]`` in place of ``[T, N]``.
         tau: the number of values each prediction is made from, the layer starting from zeros (the way of Dive into
             Deep Learning, 9.1); or None: the layer reads the whole sequence and carries its state along.
         distribution: predict the scale of a normal distribution beside its mean.
@@ -60,7 +60,7 @@ class RNNAutoRegression(nn.Module):
 
     Raises:
         TypeError: a layer or a series of the wrong type.
-        ValueError: sizes that do not fit, too few steps, a bidirectional or batch-first layer.
+        ValueError: sizes that do not fit, too few steps, a bidirectional layer.
     """
 
     shift: Tensor
@@ -70,11 +70,8 @@ class RNNAutoRegression(nn.Module):
         super().__init__()
         if not isinstance(rnn, (nn.RNN, nn.GRU, nn.LSTM)):
             raise TypeError(f"RNNAutoRegression: rnn: expected an RNN, GRU or LSTM layer, got {type(rnn).__name__}")
-        if rnn.bidirectional or rnn.batch_first:
-            raise ValueError(
-                "RNNAutoRegression: rnn: expected one direction and batch_first=False, got "
-                f"bidirectional={rnn.bidirectional}, batch_first={rnn.batch_first}"
-            )
+        if rnn.bidirectional:
+            raise ValueError("RNNAutoRegression: rnn: expected one direction, got bidirectional=True")
         if tau is not None and tau < 1:
             raise ValueError(f"RNNAutoRegression: tau: expected at least 1, or None for all values, got {tau}")
         first = rnn.weight_ih_l0
@@ -137,7 +134,7 @@ class RNNAutoRegression(nn.Module):
 
         Returns:
             mean and, with a distribution, scale, ``[k, N, F]`` (``[k, N]``, ``[k]``). With paths they have a first
-            dimension more, ``[num_paths, k, ...]``; ``mean`` then holds the values drawn, and ``scale`` the deviations
+            dimension more, ``[num_paths, ...]``; ``mean`` then holds the values drawn, and ``scale`` the deviations
             they were drawn with.
         """
         if num_steps < 1:
@@ -190,7 +187,7 @@ class RNNAutoRegression(nn.Module):
         return f"tau={self.tau}, distribution={self.distribution}"
 
     def _check(self, series: Tensor, least_steps: int) -> Tensor:
-        """The series as ``[T, N, F]``."""
+        """The series as ``[T, N, F]``, whatever the layout of the layer."""
         if not isinstance(series, Tensor):
             raise TypeError(f"RNNAutoRegression: series: expected a Tensor, got {type(series).__name__}")
         if series.dtype != self.shift.dtype:
@@ -205,6 +202,8 @@ class RNNAutoRegression(nn.Module):
                 f"got {list(series.shape)}"
             )
         full = series.reshape(*series.shape, *[1] * missing)
+        if self.rnn.batch_first and series.dim() > 1:
+            full = full.transpose(0, 1)
         if full.shape[-1] != self.num_features:
             raise ValueError(
                 f"RNNAutoRegression: series: expected [T, N, F] with F = {self.num_features}, got {list(series.shape)}"
@@ -223,12 +222,20 @@ class RNNAutoRegression(nn.Module):
     def _said(self, scaled: Tensor, state: Any) -> tuple[Tensor, Any]:
         """The output layer after each step (each window), and the new state."""
         if self.tau is None:
-            hidden, state = self.rnn(scaled, state)
+            hidden, state = self._run(scaled, state)
             return self.output(hidden), state
         self._refuse_state(state)
         windows = scaled.unfold(0, self.tau, 1).permute(3, 0, 1, 2)  # [tau, W, N, F]
-        hidden, _ = self.rnn(windows.flatten(1, 2))
+        hidden, _ = self._run(windows.flatten(1, 2), None)
         return self.output(hidden[-1]).view(*windows.shape[1:3], -1), None
+
+    def _run(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The layer on ``[T, N, F]`` to ``[T, N, P]``, whatever its layout."""
+        if not self.rnn.batch_first:
+            output, state = self.rnn(x, state)
+            return output, state
+        output, state = self.rnn(x.transpose(0, 1), state)
+        return output.transpose(0, 1), state
 
     def _parts(self, said: Tensor) -> tuple[Tensor, Tensor | None]:
         """Mean and scale, in scaled units, of what the output layer said."""
@@ -241,6 +248,8 @@ class RNNAutoRegression(nn.Module):
         """In the units of the series, and with as many dimensions behind the steps."""
         mean = mean * self.spread + self.shift
         scale = None if scale is None else scale * self.spread
+        if self.rnn.batch_first and like.dim() > 1:  # steps are the third dimension from the end
+            mean, scale = mean.transpose(-3, -2), None if scale is None else scale.transpose(-3, -2)
         for _ in range(3 - like.dim()):
             mean, scale = mean.squeeze(-1), None if scale is None else scale.squeeze(-1)
         return Prediction(mean, scale)

@@ -11,7 +11,7 @@ Letters: ``T`` steps, ``N`` batch, ``V`` vocabulary, ``E`` embedding, ``H`` hidd
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,9 +23,12 @@ from rnnfast import modules
 
 __all__ = ["RNNLM", "Generated", "detach_state", "linear_cross_entropy"]
 
-# Scores held at a time by the loss: 1 MB in float32, to stay in the cache; but rows enough for a product to run well.
-_CHUNK_SCORES = 1 << 18
+# Scores held at a time by the loss: half a megabyte in float32, to stay in the cache; but rows enough for a product to
+# run well.
+_CHUNK_SCORES = 1 << 17
 _CHUNK_ROWS = 128
+_Prompt = Tensor | list[Tensor] | tuple[Tensor, ...]
+_VECTOR_ROWS = 16  # kSoftmaxRows of csrc/sequence.h
 
 
 class Generated(NamedTuple):
@@ -39,6 +42,39 @@ class Generated(NamedTuple):
 
     tokens: Tensor
     state: Any
+
+
+def _padded(rows: int) -> int:
+    """A length for the rows of a buffer: whole vectors, and not whole pages, whose columns would share a cache set."""
+    length = -(-rows // _VECTOR_ROWS) * _VECTOR_ROWS
+    return length + _VECTOR_ROWS if length % 1024 == 0 else length
+
+
+def _softmax_loss(scores: Tensor, bias: Tensor | None, targets: Tensor, grad: bool) -> Tensor:
+    """Losses ``[R]`` of the first R columns of ``scores`` ``[V, ld]``, which become gradients: ``csrc/loss.cpp``."""
+    if scores.device.type == "cpu":
+        losses: Tensor = torch.ops.rnnfast._softmax_loss_.default(scores, bias, targets, grad)
+        return losses
+    return _plain_softmax_loss(scores, bias, targets, grad)
+
+
+def _plain_softmax_loss(scores: Tensor, bias: Tensor | None, targets: Tensor, grad: bool) -> Tensor:
+    """The same for devices without that kernel."""
+    columns = scores[:, : len(targets)]
+    log_p = torch.log_softmax(columns if bias is None else columns + bias[:, None], 0)
+    losses = -log_p.gather(0, targets[None])[0]
+    if grad:
+        columns.copy_(log_p.exp_())
+        columns.scatter_add_(0, targets[None], columns.new_full((1, 1), -1.0).expand(1, len(targets)))
+    return losses
+
+
+class _Progress(NamedTuple):
+    """Where generation stands: the scores ``[N, V]`` of the next token, who has finished ``[N]``, and h and c."""
+
+    scores: Tensor
+    finished: Tensor
+    states: list[Tensor | None]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -58,39 +94,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if needs[1] else None
         grad_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and needs[2] else None
-        # Two buffers for all chunks: new memory for each would be handed back to the system and zeroed again.
-        buffers = hidden.new_empty(2, min(rows, chunk_rows), vocab_size, dtype=exact)
-        loss = hidden.new_zeros((), dtype=torch.float64)
+        # One buffer for all chunks: new memory for each would be handed back to the system and zeroed again.
+        scores = hidden.new_empty(vocab_size, _padded(min(rows, chunk_rows)), dtype=exact)
+        loss, share = hidden.new_zeros((), dtype=torch.float64), 1.0 / rows
         for first in range(0, rows, chunk_rows):
-            part, wanted = hidden[first : first + chunk_rows], targets[first : first + chunk_rows, None]
-            scores, log_p = buffers[0, : len(part)], buffers[1, : len(part)]
+            part, wanted = hidden[first : first + chunk_rows], targets[first : first + chunk_rows]
+            columns = scores[:, : len(part)]
             if hidden.dtype == exact:
-                if bias is None:
-                    torch.mm(part, weight.t(), out=scores)
-                else:
-                    torch.addmm(bias, part, weight.t(), out=scores)
+                torch.mm(weight, part.t(), out=columns)
+                losses = _softmax_loss(scores, bias, wanted, any(needs))
             else:
-                scores.copy_(F.linear(part, weight, bias))
-            torch.ops.aten._log_softmax.out(scores, 1, False, out=log_p)
-            loss -= log_p.gather(1, wanted).sum(dtype=torch.float64)
-            if not any(needs):
-                continue
-            grad = log_p.exp_()
-            grad.scatter_add_(1, wanted, grad.new_full((1, 1), -1.0).expand_as(wanted))
+                columns.copy_(F.linear(part, weight, bias).t())
+                losses = _softmax_loss(scores, None, wanted, any(needs))
+            loss += losses.sum(dtype=torch.float64)
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad_low = grad.to(hidden.dtype)
+                grad_bias.add_(columns.sum(1), alpha=share)
+            grad = columns.to(hidden.dtype) if any(needs) else columns
             if grad_weight is not None:
                 if hidden.dtype == exact:
-                    grad_weight.addmm_(grad_low.t(), part)
+                    grad_weight.addmm_(grad, part, alpha=share)
                 else:
-                    grad_weight += grad_low.t() @ part
+                    grad_weight.add_(grad @ part, alpha=share)
             if grad_hidden is not None:
-                torch.mm(grad_low, weight, out=grad_hidden[first : first + chunk_rows])
-        grads = [None if grad is None else grad.div_(rows) for grad in (grad_hidden, grad_weight, grad_bias)]
-        low = (None if grad is None else grad.to(hidden.dtype) for grad in grads)
+                to = grad_hidden[first : first + chunk_rows]
+                torch.addmm(to, grad.t(), weight, beta=0, alpha=share, out=to)
+        low = (None if grad is None else grad.to(hidden.dtype) for grad in (grad_hidden, grad_weight, grad_bias))
         ctx.save_for_backward(hidden, weight, bias, targets, *low)
-        return loss.div_(rows).to(exact)
+        return (loss * share).to(exact)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -288,7 +318,7 @@ class RNNLM(nn.Module):
 
     def generate(
         self,
-        prompt: Tensor,
+        prompt: _Prompt,
         num_tokens: int,
         sample: bool = False,
         alpha: float = 1.0,
@@ -299,6 +329,7 @@ class RNNLM(nn.Module):
         stop_token: int | None = None,
         generator: torch.Generator | None = None,
         state: Any = None,
+        callback: Callable[[Tensor], object] | None = None,
     ) -> Generated:
         """Write tokens after a prompt: one fused call for the prompt, then a loop in C++.
 
@@ -307,7 +338,8 @@ class RNNLM(nn.Module):
         choice first: to the k likeliest, and to the fewest of these that together have at least the share p.
 
         Args:
-            prompt: int64 ``[T, N]`` (``[N, T]`` for ``batch_first``) or ``[T]``, at least one step.
+            prompt: int64 ``[T, N]`` (``[N, T]`` for ``batch_first``) or ``[T]``, at least one step; or N prompts of
+                different lengths, a list of int64 ``[T_n]``.
             num_tokens: how many to write after it.
             sample: draw; False takes the likeliest.
             alpha: exponent of the probabilities.
@@ -317,36 +349,44 @@ class RNNLM(nn.Module):
             stop_token: a sequence ends with it.
             generator: of the random numbers, a CPU generator; None is torch's own. Equal generators write equal tokens.
             state: the layer's state before the prompt.
+            callback: called with the tokens of each step as they come, one step in the layout of the prompt.
 
         Raises:
-            ValueError: an empty prompt, an option out of its range, a bidirectional layer.
+            ValueError: an empty prompt, an option out of its range, a bidirectional layer; prompts of different lengths
+                with a layer of torch.nn.
             IndexError: a token of the prompt out of range.
             RuntimeError: scores that are not finite.
         """
-        options = self._choice(sample, alpha, temperature, top_k, top_p, stop_token, generator)
-        if num_tokens < 0:
-            raise ValueError(f"RNNLM: num_tokens: expected at least 0, got {num_tokens}")
-        with _evaluating(self):
-            scores, finished, state = self._read(prompt, state)
-            tokens, _, _, state = self._write(scores, finished, state, num_tokens, options)
-        return Generated(self._as_prompt(tokens, prompt), self._as_state(state, prompt))
+        choice = self._choice(
+            sample=sample,
+            alpha=alpha,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_token=stop_token,
+            generator=generator,
+        )
+        read, start = self._read(prompt, num_tokens, state)
+        parts, states = [read.new_empty(0, len(start.finished))], start.states
+        for tokens, progress in self._pieces(start, num_tokens, num_tokens if callback is None else 1, choice):
+            parts.append(tokens)
+            states = progress.states
+            if callback is not None:
+                callback(self._as_prompt(tokens, read))
+        return Generated(self._as_prompt(torch.cat(parts), read), self._as_state(states, read))
 
     def stream(
-        self,
-        prompt: Tensor,
-        num_tokens: int,
-        sample: bool = False,
-        alpha: float = 1.0,
-        *,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop_token: int | None = None,
-        generator: torch.Generator | None = None,
-        state: Any = None,
-        chunk: int = 1,
+        self, prompt: _Prompt, num_tokens: int, *, chunk: int = 1, state: Any = None, **options: Any
     ) -> Iterator[Tensor]:
         """Write the tokens that :meth:`generate` does, and give them as they come, up to ``chunk`` steps at a time.
+
+        Args:
+            prompt: as for :meth:`generate`.
+            num_tokens: as there.
+            chunk: the number of steps.
+            state: as there.
+            options: of the choice, as there: ``sample``, ``alpha``, ``temperature``, ``top_k``, ``top_p``,
+                ``stop_token``, ``generator``.
 
         Yields:
             int64 ``[steps, N]`` (``[N, steps]``, ``[steps]``), the layout of the prompt.
@@ -354,21 +394,12 @@ class RNNLM(nn.Module):
         Raises:
             ValueError, IndexError, RuntimeError: as :meth:`generate`, at the first token.
         """
-        options = self._choice(sample, alpha, temperature, top_k, top_p, stop_token, generator)
+        choice = self._choice(**options)
         if chunk < 1:
             raise ValueError(f"RNNLM: chunk: expected at least 1, got {chunk}")
-        with _evaluating(self):
-            scores, finished, state = self._read(prompt, state)
-        written = 0
-        while written < num_tokens:
-            with _evaluating(self):
-                tokens, scores, finished, state = self._write(
-                    scores, finished, state, min(chunk, num_tokens - written), options
-                )
-            if len(tokens) == 0:
-                return
-            written += len(tokens)
-            yield self._as_prompt(tokens, prompt)
+        read, start = self._read(prompt, num_tokens, state)
+        for tokens, _ in self._pieces(start, num_tokens, chunk, choice):
+            yield self._as_prompt(tokens, read)
 
     def extra_repr(self) -> str:
         """Show what the submodules do not."""
@@ -377,8 +408,8 @@ class RNNLM(nn.Module):
 
     # --- the way of tokens through the layers ---
 
-    def _hidden(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """The last layer's output, in the layout of the tokens, and the new state."""
+    def _hidden(self, tokens: Tensor, state: Any, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
+        """The last layer's output, in the layout of the tokens, and the new state; lengths ``[N]`` of padded tokens."""
         if not isinstance(tokens, Tensor):
             raise TypeError(f"RNNLM: tokens: expected a Tensor, got {type(tokens).__name__}")
         if tokens.dim() not in (1, 2):
@@ -388,14 +419,15 @@ class RNNLM(nn.Module):
         if steps == 0:
             raise ValueError(f"RNNLM: tokens: expected at least one step, got {list(tokens.shape)}")
         _check_tokens("RNNLM: tokens", tokens, self.vocab_size)
-        if self.embedding is not None:
-            embedded = F.dropout(self.embedding(tokens), self.dropout, self.training)
-            output, state = self.rnn(embedded, state)
-        elif self._looks_up(tokens):
-            output, state = self._look_up(tokens, state)
+        if self.embedding is None and self._looks_up(tokens):
+            output, state = self._look_up(tokens, state, lengths)
         else:
-            rows = F.one_hot(tokens, self.vocab_size).to(self.output.weight.dtype)
-            output, state = self.rnn(rows, state)
+            if self.embedding is None:
+                rows = F.one_hot(tokens, self.vocab_size).to(self.output.weight.dtype)
+            else:
+                rows = F.dropout(self.embedding(tokens), self.dropout, self.training)
+            options = {} if lengths is None else {"lengths": lengths}
+            output, state = self.rnn(rows, state, **options)
         return F.dropout(output, self.dropout, self.training), state
 
     def _looks_up(self, tokens: Tensor) -> bool:
@@ -407,7 +439,7 @@ class RNNLM(nn.Module):
             and not (rnn._forward_hooks or rnn._forward_pre_hooks or rnn._backward_hooks or rnn._backward_pre_hooks)
         )
 
-    def _look_up(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def _look_up(self, tokens: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
         """What ``rnn(one_hot(tokens), state)`` gives, without the one-hot rows."""
         rnn, mode = self.rnn, self.rnn.mode
         steps = tokens.unsqueeze(1) if tokens.dim() == 1 else tokens.t() if rnn.batch_first else tokens
@@ -435,8 +467,8 @@ class RNNLM(nn.Module):
         for one in (h0, c0):
             if one is not None and one.dtype != weights[0][0].dtype:
                 modules._refuse_state_dtype(mode, weights[0][0], h0, c0)
-        unbounded = (None, None, None)  # neither packed nor with lengths or resets
-        output, h_n, c_n, _ = modules._run_layers(rnn, steps, h0, c0, weights, unbounded, False)
+        bounds = (None, lengths, None)  # neither packed nor with resets
+        output, h_n, c_n, _ = modules._run_layers(rnn, steps, h0, c0, weights, bounds, False)
         if output_dtype is not None:
             output, h_n = output.to(output_dtype), h_n.to(output_dtype)
         if ndim == 2:
@@ -450,13 +482,14 @@ class RNNLM(nn.Module):
 
     def _choice(
         self,
-        sample: bool,
-        alpha: float,
-        temperature: float | None,
-        top_k: int | None,
-        top_p: float | None,
-        stop_token: int | None,
-        generator: torch.Generator | None,
+        *,
+        sample: bool = False,
+        alpha: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_token: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> tuple[Any, ...]:
         """The options of the C++ loop, checked."""
         if self.rnn.bidirectional:
@@ -480,23 +513,63 @@ class RNNLM(nn.Module):
         stop = -1 if stop_token is None else stop_token
         return sample, alpha, top_k or 0, 1.0 if top_p is None else top_p, stop, generator
 
-    def _read(self, prompt: Tensor, state: Any) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """The scores ``[N, V]`` after the prompt, who has finished (nobody), and h and c with a batch dimension."""
-        if isinstance(prompt, Tensor) and prompt.numel() == 0:
-            raise ValueError(f"RNNLM: prompt: expected at least one token, got {list(prompt.shape)}")
-        hidden, state = self._hidden(prompt, state)
-        states = [*(state if isinstance(state, tuple) else (state,)), None][:2]
-        if prompt.dim() == 1:
-            states = [None if one is None else one.unsqueeze(1) for one in states]
-            hidden = hidden.unsqueeze(1)
-        last = hidden[:, -1:].transpose(0, 1) if self.rnn.batch_first and prompt.dim() == 2 else hidden[-1:]
-        scores = self.output(last).squeeze(0)
-        return scores, torch.zeros(len(scores), dtype=torch.bool), states
+    def _read(self, prompt: _Prompt, num_tokens: int, state: Any) -> tuple[Tensor, _Progress]:
+        """The prompt as one tensor, padded where there were several, and what is known after it."""
+        if num_tokens < 0:
+            raise ValueError(f"RNNLM: num_tokens: expected at least 0, got {num_tokens}")
+        tokens: Tensor
+        tokens, lengths = self._side_by_side(prompt) if isinstance(prompt, (list, tuple)) else (prompt, None)
+        if isinstance(tokens, Tensor) and tokens.numel() == 0:
+            raise ValueError(f"RNNLM: prompt: expected at least one token, got {list(tokens.shape)}")
+        with _evaluating(self):
+            hidden, state = self._hidden(tokens, state, lengths)
+            states = [*(state if isinstance(state, tuple) else (state,)), None][:2]
+            if tokens.dim() == 1:
+                states = [None if one is None else one.unsqueeze(1) for one in states]
+                hidden = hidden.unsqueeze(1)
+            elif self.rnn.batch_first:
+                hidden = hidden.transpose(0, 1)
+            if lengths is None:
+                last = hidden[-1:]
+            else:
+                last = hidden[lengths.to(hidden.device) - 1, torch.arange(len(lengths), device=hidden.device)][None]
+            scores = self.output(last).squeeze(0)
+        return tokens, _Progress(scores, torch.zeros(len(scores), dtype=torch.bool), states)
 
-    def _write(
-        self, scores: Tensor, finished: Tensor, states: list[Tensor | None], num_tokens: int, options: tuple[Any, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
-        """New tokens ``[steps, N]``, the scores of the one after, who has finished, h and c."""
+    def _side_by_side(self, prompts: list[Any] | tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """Prompts ``[T_n]`` as one, padded, in the layout of the layer, and their lengths ``[N]``."""
+        if not isinstance(self.rnn, (modules.RNN, modules.GRU, modules.LSTM)):
+            raise ValueError(
+                "RNNLM: prompt: expected one Tensor: prompts of different lengths need a layer of rnnfast, "
+                f"got {type(self.rnn).__module__}.{type(self.rnn).__name__}"
+            )
+        for n, prompt in enumerate(prompts):
+            if not isinstance(prompt, Tensor):
+                raise TypeError(f"RNNLM: prompt: expected a Tensor as prompt {n}, got {type(prompt).__name__}")
+            if prompt.dim() != 1 or len(prompt) == 0:
+                raise ValueError(
+                    f"RNNLM: prompt: expected at least one token as prompt {n}, [T_n], got {list(prompt.shape)}"
+                )
+        if not prompts:
+            raise ValueError("RNNLM: prompt: expected at least one prompt, got none")
+        padded = nn.utils.rnn.pad_sequence(list(prompts), batch_first=self.rnn.batch_first)
+        return padded, torch.tensor([len(prompt) for prompt in prompts])
+
+    def _pieces(
+        self, progress: _Progress, num_tokens: int, chunk: int, choice: tuple[Any, ...]
+    ) -> Iterator[tuple[Tensor, _Progress]]:
+        """New tokens ``[steps, N]``, up to ``chunk`` steps at a time, and what is known after them."""
+        written = 0
+        while written < num_tokens:
+            with _evaluating(self):
+                tokens, progress = self._write(progress, min(chunk, num_tokens - written), choice)
+            if len(tokens) == 0:
+                return
+            written += len(tokens)
+            yield tokens, progress
+
+    def _write(self, progress: _Progress, num_tokens: int, choice: tuple[Any, ...]) -> tuple[Tensor, _Progress]:
+        """New tokens ``[steps, N]``, and what is known after them."""
         rnn = self.rnn
         weights = [
             weight for names in rnn._all_weights for weight in modules._weights(rnn, names, rnn.bias, rnn.proj_size)
@@ -504,17 +577,17 @@ class RNNLM(nn.Module):
         embedding = None if self.embedding is None else self.embedding.weight
         tokens, scores, h, c, finished = torch.ops.rnnfast._generate.default(
             modules._CELL_OF_MODE[rnn.mode],
-            scores,
-            *states,
+            progress.scores,
+            *progress.states,
             weights,
             embedding,
             self.output.weight,
             self.output.bias,
-            finished,
+            progress.finished,
             num_tokens,
-            *options,
+            *choice,
         )
-        return tokens, scores, finished, [h, c if rnn.mode == "LSTM" else None]
+        return tokens, _Progress(scores, finished, [h, c if rnn.mode == "LSTM" else None])
 
     def _as_prompt(self, tokens: Tensor, prompt: Tensor) -> Tensor:
         if prompt.dim() == 1:

@@ -459,7 +459,12 @@ def _sample_products_fake(left: Tensor, right: Tensor, size: int) -> Tensor:
     return left.new_empty([size, left.shape[-1], right.shape[-1]])
 
 
+def _softmax_loss_fake(scores: Tensor, bias: Tensor | None, targets: Tensor, grad: bool) -> Tensor:
+    return scores.new_empty(targets.shape)
+
+
 torch.library.register_fake("rnnfast::_sample_products", _sample_products_fake)
+torch.library.register_fake("rnnfast::_softmax_loss_", _softmax_loss_fake)
 for _cell in _CELLS:
     _register_fakes(_cell)
     _register_double_backward(_cell)

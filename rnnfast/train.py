@@ -11,7 +11,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rnnfast.text import _store
+from rnnfast.text import Vocab, _store
 
-__all__ = ["Epoch", "NonFiniteLossError", "average_gradients", "fit", "largest_gradient"]
+__all__ = ["Epoch", "NonFiniteLossError", "average_gradients", "fit", "largest_gradient", "plot_curves"]
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -92,6 +92,9 @@ def fit(
     validate: Callable[[], float] | None = None,
     folder: str | os.PathLike[str] | None = None,
     progress: bool = False,
+    autocast: torch.dtype | None = None,
+    vocab: Vocab | None = None,
+    after_epoch: Callable[[Epoch], object] | None = None,
 ) -> list[Epoch]:
     """Train a model; with a folder, so that it can be killed at any time and called again.
 
@@ -112,20 +115,29 @@ def fit(
         validate: the number to minimise, such as the perplexity of a held-out text.
         folder: where to keep checkpoints and log; made if missing.
         progress: show a bar of the epochs; needs tqdm.
+        autocast: run ``loss`` and ``validate`` under torch.autocast with this dtype, torch.bfloat16.
+        vocab: of the text the model is trained on; kept in the checkpoint, so that another one is refused.
+        after_epoch: called with each new line of the log, after its checkpoint is written.
 
     Returns:
         One :class:`Epoch` for each, those of earlier calls included.
 
     Raises:
         NonFiniteLossError: a loss or gradient is not finite. The last good checkpoint stays as it is.
-        ValueError: an option out of range, or an epoch without batches.
+        ValueError: an option out of range, an epoch without batches, or a checkpoint of another vocabulary.
+        RuntimeError: a checkpoint of another model.
     """
+    if autocast not in (None, torch.bfloat16):
+        raise ValueError(
+            f"autocast: expected torch.bfloat16 or None (float16 would need scaled losses), got {autocast}"
+        )
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
     if epochs < 0:
         raise ValueError(f"epochs: expected at least 0, got {epochs}")
     if clip is not None and not (math.isfinite(clip) and clip > 0):
         raise ValueError(f"clip: expected a finite number above 0, got {clip}")
     directory = None if folder is None else Path(folder)
-    log = [] if directory is None else _resume(directory / "last.pt", model, optimizer)
+    log = [] if directory is None else _resume(directory / "last.pt", model, optimizer, vocab)
     steps = log[-1].steps if log else 0
     numbers: Iterable[int] = range(len(log) + 1, epochs + 1)
     if progress:
@@ -137,7 +149,8 @@ def fit(
         for batch in batches(number):
             steps += 1
             optimizer.zero_grad(set_to_none=True)
-            value = loss(batch)
+            with torch.autocast(device, autocast, enabled=autocast is not None):
+                value = loss(batch)
             value.backward()  # type: ignore[no-untyped-call]
             average_gradients(model)
             norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
@@ -145,7 +158,9 @@ def fit(
             if not (math.isfinite(losses[-1]) and math.isfinite(norm)):
                 # clipping by a norm that is not finite has made the gradients NaN: find the culprit again
                 optimizer.zero_grad(set_to_none=True)
-                loss(batch).backward()  # type: ignore[no-untyped-call]
+                with torch.autocast(device, autocast, enabled=autocast is not None):
+                    value = loss(batch)
+                value.backward()  # type: ignore[no-untyped-call]
                 name, size = largest_gradient(model)
                 raise NonFiniteLossError(
                     f"the loss is {losses[-1]} and the norm of the gradients {float(norm)} at step {steps} (epoch "
@@ -156,11 +171,46 @@ def fit(
         if not losses:
             raise ValueError(f"batches: expected at least one in epoch {number}, got none")
         best = min((line.validation for line in log if not math.isnan(line.validation)), default=math.inf)
-        entry = Epoch(number, steps, math.fsum(losses) / len(losses), math.nan if validate is None else validate())
+        with torch.autocast(device, autocast, enabled=autocast is not None):
+            reached = math.nan if validate is None else validate()
+        entry = Epoch(number, steps, math.fsum(losses) / len(losses), reached)
         log.append(entry)
         if directory is not None and _is_first_process():
-            _save(directory, model, optimizer, log, is_best=entry.validation < best)
+            _save(directory, model, optimizer, log, vocab, is_best=entry.validation < best)
+        if after_epoch is not None:
+            after_epoch(entry)
     return log
+
+
+def plot_curves(logs: Mapping[str, list[Epoch]], path: str | os.PathLike[str], *, title: str = "") -> None:
+    """Draw learning curves into a file: the loss of each run over its epochs and, where there is one, its validation.
+
+    Args:
+        logs: the runs by name, each as :func:`fit` gives it.
+        path: the picture; its ending says the format.
+        title: above it.
+
+    Raises:
+        ValueError: no run, or one without epochs.
+        OSError: the file cannot be written.
+    """
+    if not logs or not all(logs.values()):
+        raise ValueError(f"logs: expected at least one run, each of at least one epoch, got {list(logs)}")
+    from matplotlib.figure import Figure  # of the extra `bench`: not needed without a picture
+
+    measures = ["loss"]
+    if any(not math.isnan(entry.validation) for log in logs.values() for entry in log):
+        measures.append("validation")
+    figure = Figure(figsize=(1 + 5 * len(measures), 4), layout="constrained")
+    panels = figure.subplots(1, len(measures), squeeze=False)[0]
+    for panel, measure in zip(panels, measures, strict=True):
+        for name, log in logs.items():
+            panel.plot([entry.epoch for entry in log], [getattr(entry, measure) for entry in log], label=name)
+        panel.set(xlabel="epoch", ylabel=measure, yscale="log" if measure == "validation" else "linear")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize="small")
+    figure.suptitle(title, fontsize="small")
+    figure.savefig(path, dpi=120)
 
 
 def _is_first_process() -> bool:
@@ -168,7 +218,13 @@ def _is_first_process() -> bool:
 
 
 def _save(
-    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, log: list[Epoch], *, is_best: bool
+    directory: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    log: list[Epoch],
+    vocab: Vocab | None,
+    *,
+    is_best: bool,
 ) -> None:
     """Each file in one step; ``last.pt`` last, for it is what a run goes on from."""
     lines = io.StringIO()
@@ -183,6 +239,7 @@ def _save(
         "optimizer": optimizer.state_dict(),
         "random": torch.get_rng_state(),
         "log": [asdict(entry) for entry in log],
+        "vocab": None if vocab is None else list(vocab.tokens),
     }
     _store(_bytes(checkpoint), directory / "last.pt")
 
@@ -193,11 +250,19 @@ def _bytes(content: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Epoch]:
+def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, vocab: Vocab | None) -> list[Epoch]:
     """Load the checkpoint if there is one; the log so far."""
     if not path.is_file():
         return []
     checkpoint = torch.load(path, weights_only=True)
+    there = checkpoint.get("vocab")
+    if vocab is not None and there is not None and tuple(there) != vocab.tokens:
+        pairs = zip(there, vocab.tokens, strict=False)
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(there), len(vocab)))
+        raise ValueError(
+            f"vocab: expected the one that {path} was trained with, of {len(there)} tokens, got one of {len(vocab)}; "
+            f"they differ from token number {first} on"
+        )
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["random"])

@@ -27,6 +27,7 @@ measure = importlib.import_module("measure")
 layers = importlib.import_module("layers")
 language_model = importlib.import_module("language_model")
 features = importlib.import_module("features")
+heads = importlib.import_module("heads")
 readme_table = importlib.import_module("readme_table")
 transforms = importlib.import_module("transforms")
 
@@ -268,7 +269,7 @@ def test_no_time_for_a_wrong_result(monkeypatch, tmp_path, capsys):
 # Arguments
 
 
-@pytest.mark.parametrize("script", [layers, language_model, features, readme_table, transforms])
+@pytest.mark.parametrize("script", [layers, language_model, features, heads, readme_table, transforms])
 def test_help(script, capsys):
     with pytest.raises(SystemExit) as status:
         script.main(["--help"])
@@ -288,6 +289,9 @@ def test_help(script, capsys):
         (layers, ["--output", __file__], "cannot be written"),
         (features, ["--cells", "gur"], "no cell 'gur'; choose from"),
         (features, ["--output", __file__], "cannot be written"),
+        (heads, ["--cells", "gur"], "no cell 'gur'; choose from"),
+        (heads, ["--questions", "why"], "invalid choice: 'why'"),
+        (heads, ["--output", __file__], "cannot be written"),
         (language_model, ["--cell", "gur"], "no cell 'gur'; choose from"),
         (language_model, ["--corpus", "moby-dick"], "'moby-dick' is neither a file nor one of the known corpora"),
         (language_model, ["--steps", "none"], "invalid positive_int value: 'none'"),
@@ -306,12 +310,53 @@ def test_argument_errors(script, arguments, message, capsys):
 
 
 @pytest.mark.skipif(bool(_C.build_info()["cuda"]), reason="this build has CUDA kernels")
-@pytest.mark.parametrize("script", [layers, language_model, features])
+@pytest.mark.parametrize("script", [layers, language_model, features, heads])
 def test_cuda_is_refused_without_kernels(script, capsys):
     with pytest.raises(SystemExit) as status:
         script.main(["--device", "cuda"])
     assert status.value.code == 2
     assert "this build of rnnfast has no CUDA kernels" in capsys.readouterr().err
+
+
+# heads.py
+
+
+def test_heads_from_end_to_end(tmp_path, capsys):
+    arguments = ["--quick", "--seconds", "0.01", "--threads", "1", "--cells", "gru", "--output", str(tmp_path)]
+    assert heads.main(arguments) == 0
+    with open(tmp_path / "heads-quick-cpu-float32-1t.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["question"] for row in rows] == ["loss", "generation", "generation", "step"]
+    assert all(row["status"] == "ok" and float(row["ratio"]) > 0 for row in rows)
+    assert json.loads((tmp_path / "heads-quick-cpu-float32-1t.json").read_text())["threads"] == 1
+    assert "gru H=256" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["loss", "generation", "step"])
+def test_heads_give_no_time_for_a_wrong_result(monkeypatch, capsys, wrong):
+    loss = heads.linear_cross_entropy
+    monkeypatch.setattr(heads, "linear_cross_entropy", lambda *a: loss(*a) * (1.01 if wrong == "loss" else 1))
+    if wrong == "generation":
+        monkeypatch.setattr(heads, "python_loop", lambda *_: torch.zeros(1, dtype=torch.int64))
+    if wrong == "step":
+        model_loss = rnnfast.RNNLM.loss
+        monkeypatch.setattr(rnnfast.RNNLM, "loss", lambda *a: (1.01 * model_loss(*a)[0], None))
+    monkeypatch.setattr(heads, "interleave", lambda *_: pytest.fail("a wrong result was timed"))
+    assert heads.main(["--quick", "--questions", wrong, "--cells", "gru"]) == 1
+    assert "not what the plain way gives" in capsys.readouterr().out
+
+
+def test_peak_memory_is_that_of_the_call():
+    kept = []
+
+    def call():
+        kept.append(torch.ones(50, 1 << 18))  # 50 MiB
+        kept.clear()
+
+    peak = heads.peak_megabytes(call)
+    if peak is None:
+        pytest.skip("the system does not tell the highest resident size")
+    assert 45 < peak < 70
 
 
 # language_model.py

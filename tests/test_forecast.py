@@ -61,6 +61,35 @@ def test_whole_sequences_carry_their_state(layer, distribution):
     torch.testing.assert_close(torch.cat([first.mean, second.mean]), whole.mean)
 
 
+@pytest.mark.parametrize("tau", [None, 3])
+@pytest.mark.parametrize("features", [1, 2])
+def test_batch_first_is_the_same_the_other_way_round(layer, tau, features):
+    plain = scaled_model(layer, features, tau=tau, distribution=True)
+    turned = RNNAutoRegression(layer(features, 6, num_layers=2, batch_first=True).double(), tau, True)
+    turned.load_state_dict(plain.state_dict())
+    series = torch.randn(9, 4, features, dtype=torch.float64)
+    for shape in ([9, 4, features], [9, 4], [9]) if features == 1 else ([9, 4, 2],):
+        values = series.flatten()[: torch.Size(shape).numel()].view(shape)
+        other = values.transpose(0, 1) if len(shape) > 1 else values
+
+        def back(t, shape=shape):
+            return t.transpose(-len(shape), -len(shape) + 1) if len(shape) > 1 else t
+
+        for a, b in zip(turned(other)[0], plain(values)[0], strict=True):
+            torch.testing.assert_close(back(a), b)
+        torch.testing.assert_close(turned.loss(other)[0], plain.loss(values)[0])
+        for options in ({}, {"num_paths": 3}):
+            generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+            ours = turned.forecast(other, 5, **options, generator=generators[0])
+            wanted = plain.forecast(values, 5, **options, generator=generators[1])
+            for a, b in zip(ours, wanted, strict=True):
+                assert back(a).shape == b.shape
+                torch.testing.assert_close(back(a), b)
+    turned.fit_scaling(series.transpose(0, 1) * 2)
+    plain.fit_scaling(series * 2)
+    torch.testing.assert_close(turned.spread, plain.spread)
+
+
 def python_forecast(model, series, num_steps):
     """What forecast must give, a step of Python a value."""
     shift, spread = model.shift, model.spread
@@ -213,7 +242,6 @@ def test_it_learns_the_noisy_sine():
         (lambda m, w: w.forecast(torch.zeros(5, 3, 2), 2, state=torch.zeros(1, 3, 4)), ValueError, "state: expected"),
         (lambda m, w: m(torch.zeros(5, 3, 2), torch.zeros(1, 2, 4)), RuntimeError, r"Expected hidden size \(1, 3, 4\)"),
         (lambda m, w: RNNAutoRegression(rnnfast.GRU(2, 4, bidirectional=True)), ValueError, "expected one direction"),
-        (lambda m, w: RNNAutoRegression(rnnfast.GRU(2, 4, batch_first=True)), ValueError, "batch_first=True"),
         (lambda m, w: RNNAutoRegression(rnnfast.GRU(2, 4), 0), ValueError, "tau: expected at least 1"),
         (lambda m, w: RNNAutoRegression(torch.nn.Linear(2, 4)), TypeError, "expected an RNN, GRU or LSTM layer"),
     ],

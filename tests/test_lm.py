@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from strategies import Call
 
 import rnnfast
-from rnnfast import RNNLM, reference
+from rnnfast import RNNLM, lm, reference
 from rnnfast.lm import detach_state, linear_cross_entropy
 
 LAYERS = {
@@ -253,6 +253,65 @@ def test_chunked_loss_is_the_plain_one(chunk_rows, bias, dtype):
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("kinds", "rows"), [(1, 1), (3, 15), (28, 16), (28, 33), (700, 40)])
+def test_one_pass_over_the_scores_is_the_plain_softmax(isa, grad, bias, dtype, kinds, rows):
+    """On every instruction set; the plain way is also what devices without the kernel take."""
+    scores = 20 * torch.randn(kinds, 48, dtype=dtype)
+    scores[:, rows:] = math.nan  # room for whole vectors: whatever is there must not matter
+    targets = torch.randint(kinds, (rows,))
+    offset = torch.randn(kinds, dtype=dtype) if bias else None
+    exact = scores.double() + (offset.double()[:, None] if bias else 0)
+    wanted = F.cross_entropy(exact[:, :rows].t(), targets, reduction="none")
+    gradient = torch.softmax(exact[:, :rows], 0) - F.one_hot(targets, kinds).t()
+    plain = scores.to(dtype).clone()
+    columns = plain[:, :rows] if offset is None else plain[:, :rows] + offset[:, None]
+    error_of_torch = (torch.softmax(columns, 0).double() - torch.softmax(exact[:, :rows], 0)).abs().max().item()
+    losses = torch.ops.rnnfast._softmax_loss_(scores, offset, targets, grad)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(losses.double(), wanted, rtol=tolerance, atol=20 * tolerance)
+    if grad:
+        error = (scores[:, :rows].double() - gradient).abs().max().item()
+        assert error <= 2 * error_of_torch + 16 * torch.finfo(dtype).eps
+
+
+def test_the_plain_softmax_of_other_devices_is_the_same():
+    """What a device without the kernel runs; the test lets it run here."""
+    scores = torch.randn(28, 48, dtype=torch.float64)
+    targets, offset = torch.randint(28, (33,)), torch.randn(28, dtype=torch.float64)
+    ours, plain = scores.clone(), scores.clone()
+    losses = torch.ops.rnnfast._softmax_loss_(ours, offset, targets, True)
+    torch.testing.assert_close(lm._plain_softmax_loss(plain, offset, targets, True), losses, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(plain[:, :33], ours[:, :33], rtol=1e-12, atol=1e-12)
+
+
+def test_softmax_with_scores_that_are_not_finite():
+    scores = torch.tensor([[math.nan, math.inf, -math.inf, 0.0], [0.0, 0.0, 0.0, -math.inf]]).repeat(1, 4)
+    losses = torch.ops.rnnfast._softmax_loss_(scores, None, torch.zeros(4, dtype=torch.int64), True)
+    assert losses[:2].isnan().all()
+    assert losses[2] == math.inf
+    assert losses[3] == 0
+
+
+def test_softmax_loss_passes_opcheck_and_refuses():
+    scores, targets = torch.randn(5, 16), torch.randint(5, (7,))
+    torch.library.opcheck(torch.ops.rnnfast._softmax_loss_.default, (scores, torch.randn(5), targets, True))
+    for arguments, error, match in (
+        ((scores.half(), None, targets, True), TypeError, "scores: expected float32 or float64"),
+        ((scores[:, :15], None, targets, True), ValueError, "scores: expected contiguous"),
+        ((torch.randn(5, 15), None, targets, True), ValueError, "ld a multiple of 16"),
+        ((scores, None, targets.int(), True), TypeError, "targets: expected int64"),
+        ((scores, None, torch.zeros(17, dtype=torch.int64), True), ValueError, "R at most 16"),
+        ((scores, None, targets + 5, True), IndexError, "targets: expected 0 to 4"),
+        ((scores, torch.randn(4), targets, True), ValueError, r"bias: expected \[V\] with V = 5"),
+        ((scores, torch.randn(5).double(), targets, True), TypeError, "bias: expected"),
+    ):
+        with pytest.raises(error, match=match):
+            torch.ops.rnnfast._softmax_loss_(*arguments)
+
+
 def test_chunked_loss_backward_twice_and_partly():
     hidden, weight = torch.randn(10, 6, requires_grad=True), torch.randn(V, 6)
     loss = linear_cross_entropy(hidden, weight, None, torch.randint(V, (10,)))
@@ -420,6 +479,49 @@ def test_stream_gives_the_same_tokens_as_they_come(batch_first, chunk, sample):
         assert begun.equal(whole.narrow(time, 0, 4))
 
 
+@pytest.mark.parametrize("embedding_dim", [None, 5])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_prompts_of_different_lengths(layer, embedding_dim, batch_first):
+    """Each goes on as if it were alone, states included."""
+    rnn = layer(embedding_dim or V, 6, num_layers=2, batch_first=batch_first, dtype=torch.float64)
+    model = RNNLM(rnn, V, embedding_dim=embedding_dim)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    prompts = [torch.randint(V, (length,)) for length in (4, 1, 9, 4)]
+    tokens, state = model.generate(prompts, 10)
+    assert tokens.shape == ((4, 10) if batch_first else (10, 4))
+    for n, prompt in enumerate(prompts):
+        alone, alone_state = model.generate(prompt, 10)
+        assert alone.equal(tokens[n] if batch_first else tokens[:, n])
+        pairs = zip(*(s if isinstance(s, tuple) else (s,) for s in (state, alone_state)), strict=True)
+        for together, one in pairs:
+            torch.testing.assert_close(together[:, n], one, rtol=1e-10, atol=1e-10)
+    streamed = list(model.stream(prompts, 10, chunk=3))
+    assert torch.cat(streamed, 1 if batch_first else 0).equal(tokens)
+
+
+def test_callback_gets_each_step_as_it_comes():
+    model = RNNLM(rnnfast.LSTM(V, 6, batch_first=True), V)
+    for prompt in (torch.randint(V, (3, 2)), torch.randint(V, (2,))):
+        seen = []
+        options = {"sample": True, "generator": torch.Generator().manual_seed(3)}
+        tokens, state = model.generate(prompt, 8, **options, callback=seen.append)
+        options["generator"].manual_seed(3)
+        whole, whole_state = model.generate(prompt, 8, **options)
+        assert len(seen) == 8
+        assert torch.cat(seen, -1).equal(tokens)
+        assert tokens.equal(whole)
+        assert all(a.equal(b) for a, b in zip(state, whole_state, strict=True))
+
+    def refuse(step):
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        model.generate(torch.randint(V, (3, 2)), 8, callback=refuse)
+    assert model.training
+
+
 def test_stop_token_ends_a_sequence():
     model = RNNLM(rnnfast.GRU(V, 16), V)
     with torch.no_grad():
@@ -473,6 +575,10 @@ def test_nothing_to_write():
         ({"prompt": torch.zeros(2, 2)}, TypeError, "tokens: expected token numbers, int64, got torch.float32"),
         ({"prompt": torch.zeros(2, 2, 2, dtype=torch.int64)}, ValueError, r"tokens: expected \[T, N\] or \[T\]"),
         ({"prompt": "abc"}, TypeError, "tokens: expected a Tensor, got str"),
+        ({"prompt": []}, ValueError, "prompt: expected at least one prompt, got none"),
+        ({"prompt": [torch.zeros(2, dtype=torch.int64), torch.zeros(0)]}, ValueError, "at least one token as prompt 1"),
+        ({"prompt": [torch.zeros(2, 1, dtype=torch.int64)]}, ValueError, r"as prompt 0, \[T_n\], got \[2, 1\]"),
+        ({"prompt": [torch.zeros(2, dtype=torch.int64), "b"]}, TypeError, "expected a Tensor as prompt 1, got str"),
         ({"state": torch.zeros(1, 5, 6)}, RuntimeError, r"Expected hidden size \(1, 2, 6\)"),
     ],
 )
@@ -485,6 +591,23 @@ def test_generate_refuses(options, error, match, embedding_dim):
             model.generate(**arguments)
     finally:
         assert model.training
+
+
+def test_prompts_of_different_lengths_need_our_layers():
+    model = RNNLM(torch.nn.GRU(V, 6), V)
+    with pytest.raises(ValueError, match=r"need a layer of rnnfast, got torch\.nn\.modules\.rnn\.GRU"):
+        model.generate([torch.zeros(2, dtype=torch.int64)], 3)
+
+
+def test_options_of_stream_are_those_of_generate():
+    model = RNNLM(rnnfast.GRU(V, 6), V)
+    prompt = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'top_q'"):
+        next(model.stream(prompt, 3, top_q=3))
+    with pytest.raises(ValueError, match="top_k: expected 1 to"):
+        next(model.stream(prompt, 3, top_k=V + 1))
+    with pytest.raises(ValueError, match="num_tokens: expected at least 0, got -1"):
+        next(model.stream(prompt, -1))
 
 
 def test_bidirectional_layers_cannot_generate():
@@ -576,3 +699,21 @@ def test_the_loops_check_what_python_did_not():
     ):
         with pytest.raises(ValueError, match=match):
             write(**changes)
+    narrow = [*rnnfast.GRU(V - 3, 6).parameters(), None]  # fewer columns to look up than tokens to choose from
+    certain = torch.zeros(2, V)
+    certain[1, V - 1] = 9.0
+    with pytest.raises(IndexError, match=f"input: expected tokens from 0 to {V - 4}, .* got {V - 1}"):
+        write(weights=narrow, scores=certain)
+
+
+@pytest.mark.parametrize("batch", [1, 6, 40])
+def test_generation_with_two_threads_is_that_of_one(layer, batch):
+    """Of a size that divides hidden units, or the batch, among them."""
+    model = RNNLM(layer(V, 200), V)
+    prompt = torch.randint(V, (3, batch))
+    wanted = model.generate(prompt, 12)
+    torch.set_num_threads(2)
+    tokens, state = model.generate(prompt, 12)
+    assert tokens.equal(wanted.tokens)
+    for a, b in zip(*(s if isinstance(s, tuple) else (s,) for s in (state, wanted.state)), strict=True):
+        torch.testing.assert_close(a, b)

@@ -14,7 +14,7 @@ import torch
 import rnnfast
 from rnnfast import RNNLM
 from rnnfast.text import Vocab, split_windows, window_loader
-from rnnfast.train import NonFiniteLossError, fit, largest_gradient
+from rnnfast.train import NonFiniteLossError, fit, largest_gradient, plot_curves
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "the quick brown fox jumps over the lazy dog and runs away " * 8
@@ -144,6 +144,7 @@ def test_largest_gradient():
         ({"epochs": -1}, "epochs: expected at least 0, got -1"),
         ({"clip": 0.0}, "clip: expected a finite number above 0, got 0.0"),
         ({"clip": math.nan}, "clip: .* got nan"),
+        ({"autocast": torch.float16}, r"autocast: expected torch\.bfloat16 or None .* got torch\.float16"),
         ({"batches": lambda _: []}, "batches: expected at least one in epoch 1"),
     ],
 )
@@ -154,7 +155,66 @@ def test_refusals(options, match):
         fit(run.model, loss=run.loss, optimizer=run.optimizer, **arguments)
 
 
+def test_autocast_is_torchs_around_loss_and_validation():
+    ours = Run(dropout=0.0)
+    seen = []
+
+    def loss(batch):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return ours.loss(batch)
+
+    def validate():
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return ours.validate()
+
+    log = fit(ours.model, ours.batches, loss, ours.optimizer, epochs=1, autocast=torch.bfloat16, validate=validate)
+    assert seen == [True] * 5
+    plain = Run(dropout=0.0)
+    for batch in plain.batches(1):
+        plain.optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            value = plain.loss(batch)
+        value.backward()
+        plain.optimizer.step()
+    for a, b in zip(ours.model.parameters(), plain.model.parameters(), strict=True):
+        assert a.dtype == torch.float32
+        assert a.equal(b)
+    assert log[0].loss != Run(dropout=0.0).fit(1)[0].loss
+
+
+def test_after_each_epoch(tmp_path):
+    run, seen = Run(), []
+    log = run.fit(3, folder=tmp_path, after_epoch=lambda entry: seen.append((entry, (tmp_path / "last.pt").exists())))
+    assert seen == [(entry, True) for entry in log]
+
+
+def test_learning_curves_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    run = Run()
+    logs = {"validated": run.fit(2, validate=run.validate), "not": Run().fit(2)}
+    plot_curves(logs, tmp_path / "curves.png", title="two runs")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    plot_curves({"not": logs["not"]}, tmp_path / "curves.svg")
+    assert "<svg" in (tmp_path / "curves.svg").read_text()
+    for nothing in ({}, {"empty": []}):
+        with pytest.raises(ValueError, match="logs: expected at least one run, each of at least one epoch"):
+            plot_curves(nothing, tmp_path / "none.png")
+    with pytest.raises(OSError, match="no such folder"):
+        plot_curves(logs, tmp_path / "no such folder" / "curves.png")
+
+
 def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path):
+    run = Run()
+    vocab = Vocab(TEXT)
+    run.fit(1, folder=tmp_path, vocab=vocab)
+    assert len(run.fit(2, folder=tmp_path, vocab=Vocab(TEXT))) == 2
+    other = Vocab(TEXT.replace("q", "Q"))
+    assert len(other) == len(vocab)
+    with pytest.raises(ValueError, match=rf"of {len(vocab)} tokens, got one of {len(vocab)}; .* number 2 on"):
+        run.fit(3, folder=tmp_path, vocab=other)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     Run().fit(1, folder=tmp_path)
     model = RNNLM(rnnfast.GRU(9, 12), 9)
     with pytest.raises(RuntimeError, match=r"size mismatch for rnn\.weight_ih_l0"):

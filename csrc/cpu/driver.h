@@ -6,6 +6,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "softmax.h"
 
 namespace rnnfast {
 inline namespace RNNFAST_ISA {
@@ -38,6 +39,8 @@ inline DriverTable make_table(const char* isa) {
 #define RNNFAST_ADD_CELL(Cell) add_cell<Cell>(table);
   RNNFAST_FOR_EACH_CELL(RNNFAST_ADD_CELL)
 #undef RNNFAST_ADD_CELL
+  table.softmax_f32 = softmax_loss<float>;
+  table.softmax_f64 = softmax_loss<double>;
   return table;
 }
 

@@ -1,0 +1,279 @@
+"""The book's experiments: refusals before any work, killed runs that go on to the same result, both implementations."""
+
+import csv
+import dataclasses
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import rnnfast
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+d2l = importlib.import_module("d2l")
+
+
+@pytest.fixture
+def book(tmp_path):
+    """A text with words, long enough for small settings."""
+    generator = torch.Generator().manual_seed(0)
+    words = ["the", "time", "traveller", "came", "back", "and", "said", "nothing", "of", "it"]
+    order = torch.randint(len(words), (4000,), generator=generator).tolist()
+    path = tmp_path / "book.txt"
+    path.write_text(" ".join(words[i] for i in order))
+    return path
+
+
+@pytest.fixture
+def tiny(monkeypatch, book):
+    """Every experiment with models of a second or less, on that book; series as they are, but the sine only."""
+
+    def small(settings):
+        for setting in settings:
+            if isinstance(setting, d2l.Forecast):
+                if setting.series == "sine":
+                    yield dataclasses.replace(setting, epochs=2, hidden_size=4, steps=(1, 2, 3))
+                continue
+            changes = {"corpus": str(book), "num_train": 200, "num_validation": 100, "hidden_size": 8, "num_steps": 6}
+            changes |= {"batch_size": 64, "epochs": 2, "books": (str(book),) if setting.books else ()}
+            if setting.num_tokens:
+                changes |= {"num_tokens": 600, "batch_size": 8}
+            yield dataclasses.replace(setting, **changes)
+
+    for name, experiment in d2l.EXPERIMENTS.items():
+        settings = list(small(experiment.settings()))
+        settings = settings[::60] if name == "grid" else settings
+        monkeypatch.setitem(
+            d2l.EXPERIMENTS, name, dataclasses.replace(experiment, settings=lambda settings=settings: list(settings))
+        )
+
+
+def has_variants():
+    return "reset_after" in d2l.inspect.signature(rnnfast.GRU.__init__).parameters
+
+
+def run(tmp_path, name, *arguments):
+    work = tmp_path / "work"
+    status = d2l.main([name, "--work", str(work), *arguments])
+    return status, work
+
+
+def without_times(row):
+    timed = ("seconds", "inference_ms", "characters_per_second", "forecast_seconds")
+    return {key: value for key, value in row.items() if key not in timed}
+
+
+def results(work, stem):
+    return json.loads((work / f"{stem}.json").read_text())["results"]
+
+
+@pytest.mark.parametrize("impl", ["rnnfast", "torch"])
+@pytest.mark.parametrize("name", list(d2l.EXPERIMENTS))
+def test_each_experiment_from_end_to_end(tiny, tmp_path, capsys, name, impl):
+    if name == "gates" and impl == "rnnfast" and not has_variants():
+        pytest.skip("this version of rnnfast has no GRU with reset_after= and gates=")
+    status, work = run(tmp_path, name, "--impl", impl)
+    assert status == 0
+    stem = f"d2l-{name}-{impl}"
+    with open(work / f"{stem}.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = d2l.EXPERIMENTS[name].settings()
+    if impl == "torch":
+        expected = [setting for setting in expected if not setting.is_variant]
+    assert [row["model"] for row in rows] == [setting.name for setting in expected]
+    assert tuple(rows[0]) == ("model", *d2l.EXPERIMENTS[name].columns)
+    for row in rows:
+        for column in {"seconds", "perplexity", "train_perplexity"} & set(row):
+            assert float(row[column]) > 0
+    assert (work / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((work / f"{stem}.json").read_text())
+    assert summary["impl"] == impl
+    assert summary["machine"]
+    printed = capsys.readouterr()
+    assert d2l.EXPERIMENTS[name].title in printed.out
+    assert "100%" in printed.err
+    assert ("torch.nn has no such GRU" in printed.err) == (name == "gates" and impl == "torch")
+
+
+@pytest.mark.parametrize("name", ["cells", "partitions", "forecasts"])
+def test_both_implementations_reach_the_same(tiny, tmp_path, capsys, name):
+    _, work = run(tmp_path, name)
+    run(tmp_path, name, "--impl", "torch")
+    assert capsys.readouterr().out.count("torch.nn's time over rnnfast's") == len(d2l.EXPERIMENTS[name].settings())
+    for ours, theirs in zip(results(work, f"d2l-{name}-rnnfast"), results(work, f"d2l-{name}-torch"), strict=True):
+        for key in ("perplexity", "train_perplexity", "error_1", "error_3"):
+            if key in ours:
+                assert math.isclose(ours[key], theirs[key], rel_tol=1e-3)
+        assert ours.get("texts", {}).keys() == theirs.get("texts", {}).keys()
+
+
+def test_finished_models_are_not_trained_again(tiny, tmp_path, monkeypatch):
+    _, work = run(tmp_path, "cells")
+    before = results(work, "d2l-cells-rnnfast")
+    monkeypatch.setattr(d2l, "fit", lambda *_, **__: pytest.fail("trained again"))
+    run(tmp_path, "cells")
+    assert results(work, "d2l-cells-rnnfast") == before
+
+
+@pytest.mark.parametrize("name", ["depth", "partitions", "forecasts"])
+def test_an_interrupted_run_goes_on_to_the_same_result(tiny, tmp_path, monkeypatch, capsys, name):
+    """Ctrl-C after the first epoch of the second model: what is there is written, and the next call does the rest."""
+    _, whole = run(tmp_path / "whole", name)
+    store, seen = d2l._store, []
+
+    def stop(content, path):
+        store(content, path)
+        seen.append(path.name)
+        if seen.count("seconds.json") == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(d2l, "_store", stop)
+    status, work = run(tmp_path / "broken", name)
+    monkeypatch.setattr(d2l, "_store", store)
+    assert status == 130
+    assert "stopped after 1 of" in capsys.readouterr().err
+    stem = f"d2l-{name}-rnnfast"
+    assert len(results(work, stem)) == 1
+    status, work = run(tmp_path / "broken", name)
+    assert status == 0
+    rows = [[without_times(row) for row in results(folder, stem)] for folder in (work, whole)]
+    assert rows[0] == rows[1]
+
+
+def test_a_killed_run_goes_on_to_the_same_result(tmp_path, book):
+    """SIGKILL, as soon as there is a checkpoint; and the whole run in another folder."""
+    text = book.read_text()
+    book.write_text(" ".join([text] * 3))
+
+    def start(folder):
+        command = [sys.executable, str(BENCHMARKS / "d2l.py"), "cells", "--cell", "rnn", "--epochs", "6"]
+        command += ["--corpus", str(book), "--work", str(folder)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    broken = start(tmp_path / "broken")
+    log = tmp_path / "broken" / "d2l-cells-rnnfast" / "rnn" / "log.csv"
+    for _ in range(6000):
+        if log.is_file() or broken.poll() is not None:
+            break
+        time.sleep(0.02)
+    broken.send_signal(signal.SIGKILL)
+    output = broken.communicate()[0]
+    assert broken.returncode == -signal.SIGKILL, output
+    assert not (log.parent / "result.json").exists()
+    for folder in ("broken", "whole"):
+        process = start(tmp_path / folder)
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
+    rows = [results(tmp_path / folder, "d2l-cells-rnnfast") for folder in ("broken", "whole")]
+    assert [without_times(row) for row in rows[0]] == [without_times(row) for row in rows[1]]
+    assert rows[0][0]["seconds"] > 0
+
+
+def test_other_settings_in_the_same_folder_are_refused(tiny, tmp_path, capsys):
+    run(tmp_path, "cells")
+    with pytest.raises(SystemExit) as status:
+        run(tmp_path, "cells", "--epochs", "3")
+    assert status.value.code == 2
+    assert "is of a run with other settings: delete it, or name another --work folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: NAME"),
+        (["cooking"], "invalid choice: 'cooking'"),
+        (["cells", "--impl", "jax"], "invalid choice: 'jax'"),
+        (["cells", "--epochs", "0"], "0 is not at least 1"),
+        (["cells", "--threads", "no"], "invalid positive_int value: 'no'"),
+        (["cells", "--cell", "gur"], "invalid choice: 'gur'"),
+        (["depth", "--cell", "lstm"], "--cell lstm: this experiment has no model of it"),
+        (["cells", "--corpus", "moby-dick"], "'moby-dick' is neither a file nor one of the known corpora"),
+        (["books", "--corpus", "python-docs"], "corpus 'war-of-the-worlds' is not in"),
+        (["forecasts"], "series 'co2': put co2_mm_mlo.csv"),
+        (["cells", "--corpus", "python-docs", "--work", __file__], "cannot be written"),
+        (["cells", "--corpus", "python-docs", "--output", __file__], "cannot be written"),
+    ],
+)
+def test_refusals_before_any_work(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("RNNFAST_DATA", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(d2l, "run_one", lambda *_: pytest.fail("work was started"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as status:
+        d2l.main(arguments)
+    assert status.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_text_that_is_too_short_is_refused(tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("the time traveller " * 20)
+    with pytest.raises(SystemExit) as status:
+        d2l.main(["cells", "--corpus", str(tmp_path / "short.txt"), "--work", str(tmp_path)])
+    assert status.value.code == 2
+    assert "has 380 tokens, 'rnn' needs 15065" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(has_variants(), reason="this version of rnnfast has them")
+def test_variants_that_are_not_there_are_refused(tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit) as status:
+        run(tmp_path, "gates")
+    assert status.value.code == 2
+    assert "this version of rnnfast has no GRU with reset_after= and gates=" in capsys.readouterr().err
+
+
+def test_help_names_every_experiment(capsys):
+    with pytest.raises(SystemExit) as status:
+        d2l.main(["--help"])
+    assert status.value.code == 0
+    printed = capsys.readouterr().out
+    for name, experiment in d2l.EXPERIMENTS.items():
+        assert f"{name} " in printed
+        assert experiment.title in printed
+
+
+def test_the_grid_is_the_one_asked_for():
+    settings = d2l.EXPERIMENTS["grid"].settings()
+    assert len(settings) == 3 * 5 * 5 * 4
+    assert len({setting.name for setting in settings}) == len(settings)
+    for experiment in d2l.EXPERIMENTS.values():
+        names = [setting.name for setting in experiment.settings()]
+        assert len(names) == len(set(names))
+
+
+def test_training_that_diverges_is_a_result(tiny, tmp_path, monkeypatch):
+    experiment = d2l.EXPERIMENTS["clipping"]
+    settings = [dataclasses.replace(s, learning_rate=1e30) for s in experiment.settings()[:2]]
+    monkeypatch.setitem(d2l.EXPERIMENTS, "clipping", dataclasses.replace(experiment, settings=lambda: settings))
+    status, work = run(tmp_path, "clipping")
+    assert status == 0
+    stopped = [row.get("stopped", "") for row in results(work, "d2l-clipping-rnnfast")]
+    assert any("at step" in text or "too large" in text for text in stopped)
+
+
+def test_bytes_kept_for_backward(book):
+    setting = d2l.of_book("rnn", "rnn", corpus=str(book), num_steps=6, hidden_size=16)
+    vocab, tokens, _ = d2l.read_tokens(setting)
+    trained = d2l.Trained(setting, vocab, "rnnfast", 0)
+    windows = d2l.Windows(tokens, 6)
+    once, twice = (d2l.saved_bytes(trained, windows.__getitems__(range(n))) for n in (200, 400))
+    assert 200 * 6 * 16 * 4 <= once < 20 * 200 * 6 * 16 * 4
+    assert 1.8 < twice / once < 2.2
+
+
+def test_texts_are_judged_by_the_words_of_the_book():
+    figures = d2l.text_figures("begun the time the machine xyzzy cut", "the time machine")
+    assert figures == {"known_words": 0.8, "distinct_words": 0.8}
