@@ -269,7 +269,9 @@ def _checked_lengths(mode: str, lengths: Any, input_ndim: int, num_steps: int, b
         try:
             lengths = torch.as_tensor(lengths) if len(lengths) else torch.empty(0, dtype=torch.int64)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{kind}: lengths must be {batch} integers, [N], got {lengths!r}") from error
+            as_tensor = "; give torch.export a Tensor, which keeps them out of the shapes"
+            hint = as_tensor if torch.compiler.is_compiling() else ""
+            raise ValueError(f"{kind}: lengths must be {batch} integers, [N], got {lengths!r}{hint}") from error
     if lengths.dtype == torch.bool or lengths.is_floating_point() or lengths.is_complex():
         raise ValueError(f"{kind}: lengths must be integers, got {lengths.dtype}. Convert it: lengths.long()")
     if lengths.shape != (batch,):
@@ -376,6 +378,11 @@ def _refuse_input_dtype(given: torch.dtype, weight: torch.dtype) -> NoReturn:
     message = f"RNN input dtype ({given}) does not match weight dtype ({weight}). Convert input: input.to({weight})"
     if given.is_floating_point:
         raise ValueError(f"{message}, or convert model: model.to({given})")
+    if given.is_complex:
+        raise ValueError(
+            f"{message}, which drops the imaginary part. No layer computes with complex numbers; as real ones they are "
+            "torch.view_as_real(input).flatten(-2), for a layer of twice the input_size"
+        )
     raise ValueError(f"{message}; indices of tokens or classes go through an embedding or one_hot first")
 
 

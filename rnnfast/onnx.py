@@ -2,8 +2,9 @@
 
 >>> torch.onnx.export(model, (x,), "model.onnx", dynamo=True, custom_translation_table=rnnfast.onnx.translation_table())
 
-One call of an op, which is one layer in one direction, becomes one node. Needs the extra ``rnnfast[onnx]``. The nodes
-and their gate orders: https://onnx.ai/onnx/operators/, opset 14.
+One call of an op, which is one layer in one direction, becomes one node; :func:`join_directions` makes one node of the
+two of a bidirectional layer. Needs the extra ``rnnfast[onnx]``. The nodes and their gate orders:
+https://onnx.ai/onnx/operators/, opset 14.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["translation_table"]
+__all__ = ["join_directions", "translation_table"]
 
 _GATES = {"rnn_tanh": (0,), "rnn_relu": (0,), "gru": (1, 0, 2), "lstm": (0, 3, 1, 2)}  # ONNX's order in torch's numbers
 
@@ -105,3 +106,83 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         raise ImportError('rnnfast.onnx needs onnxscript: pip install "rnnfast[onnx]"') from error
     table = {getattr(torch.ops.rnnfast, cell).default: _translation(cell, opset) for cell in _GATES}
     return table | {torch.ops.rnnfast.lstm_all_c.default: _translation("lstm", opset, with_all_c=True)}
+
+
+def join_directions(program: Any) -> int:
+    """Make one node with ``direction="bidirectional"`` of the two nodes of each bidirectional layer, in place.
+
+    Args:
+        program: what ``torch.onnx.export(..., dynamo=True)`` returned.
+
+    Returns:
+        how many pairs were joined: two nodes of one kind and size over the same input, one of each direction.
+
+    Raises:
+        ImportError: onnx_ir, a part of onnxscript, is not installed.
+    """
+    try:
+        ir: Any = importlib.import_module("onnx_ir")
+    except ImportError as error:
+        raise ImportError('rnnfast.onnx needs onnxscript: pip install "rnnfast[onnx]"') from error
+    graph = program.model.graph
+    waiting: dict[tuple[Any, ...], Any] = {}  # nodes that run forward, by what a partner must share with them
+    pairs = 0
+    for node in list(graph):
+        if node.domain or node.op_type not in ("RNN", "GRU", "LSTM"):
+            continue
+        given = {name: attribute.value for name, attribute in node.attributes.items()}
+        direction = given.pop("direction", "forward")
+        inputs = [*node.inputs, *(None,) * (8 - len(node.inputs))]
+        exists = tuple(value is not None for value in inputs)
+        sharing = (id(inputs[0]), id(inputs[4]), exists, node.op_type, str(sorted(given.items())))
+        if direction == "forward":
+            waiting[sharing] = node
+        elif direction == "reverse" and sharing in waiting and not _depends(node, waiting[sharing]):
+            _join(ir, graph, waiting.pop(sharing), node)
+            pairs += 1
+    if pairs:
+        graph.sort()
+        program.optimize()  # folds the concatenated weights
+    return pairs
+
+
+def _depends(node: Any, on: Any) -> bool:
+    """Whether anything that ``node`` reads is made from what ``on`` writes."""
+    seen, waiting = set(), [node]
+    while waiting:
+        for value in waiting.pop().inputs:
+            maker = None if value is None else value.producer()
+            if maker is on:
+                return True
+            if maker is not None and maker not in seen:
+                seen.add(maker)
+                waiting.append(maker)
+    return False
+
+
+def _join(ir: Any, graph: Any, forward: Any, reverse: Any) -> None:
+    """Put a bidirectional node in the place of the two; who reads their results gets slices of its."""
+    new = []
+
+    def emit(op: str, inputs: list[Any], attributes: dict[str, Any], num_outputs: int = 1) -> Any:
+        new.append(ir.node(op, inputs, attributes, num_outputs=num_outputs))
+        return new[-1].outputs
+
+    def constant(number: int) -> Any:
+        return emit("Constant", [], {"value_ints": [number]})[0]
+
+    both = []
+    for place, (a, b) in enumerate(zip(forward.inputs, reverse.inputs, strict=True)):
+        shared = a is None or place in (0, 4)  # the input, its lengths
+        both.append(a if shared else emit("Concat", [a, b], {"axis": 0})[0])
+    attributes = {name: attribute.value for name, attribute in forward.attributes.items()}
+    attributes |= {name: value * 2 for name, value in attributes.items() if name == "activations"}
+    attributes["direction"] = "bidirectional"
+    results = emit(forward.op_type, both, attributes, len(forward.outputs))
+    for result, axis, olds in zip(results, (1, 0, 0), zip(forward.outputs, reverse.outputs, strict=True), strict=False):
+        for d, old in enumerate(olds):  # Y is [T, D, N, H], Y_h and Y_c are [D, N, H]
+            part = emit("Slice", [result, constant(d), constant(d + 1), constant(axis)], {})[0]
+            part.shape, part.type = old.shape, old.type
+            ir.convenience.replace_all_uses_with(old, part)
+    graph.insert_before(reverse, new)
+    graph.remove([forward, reverse], safe=True)

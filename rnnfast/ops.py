@@ -51,7 +51,9 @@ def lstm(
         weight_hh: ``[4*H, P]``.
         bias_ih: ``[4*H]``, or None together with ``bias_hh``.
         bias_hh: ``[4*H]``.
-        weight_hr: ``[P, H]``, or None for no projection (``P = H``).
+        weight_hr: ``[P, H]``, or None for no projection (``P = H``). All weights may have one more dimension in front,
+            of ``E`` members of an ensemble: sequence ``n`` of the batch runs with weights ``n % E``, and ``E`` divides
+            ``N`` (with ``batch_sizes``, each of them).
         batch_sizes: int64 ``[T]`` on the CPU, not increasing, each at least 1, with the sum ``rows``.
         lengths: int64 ``[N]`` on the CPU, each in ``0..T``, any order; padded input only. The output is zero past a
             sequence's end, its final state that of its last real step, and the reverse direction starts there.
@@ -194,8 +196,8 @@ def _output_shapes(
     batch_sizes: Tensor | None,
 ) -> tuple[list[Any], list[Any], list[Any]]:
     """The shapes of output, h_n and c_n. Sizes may be symbolic."""
-    hidden_size = weight_hh.shape[0] // _CELLS[cell]["num_gates"]
-    state_size = hidden_size if weight_hr is None else weight_hr.shape[0]
+    hidden_size = weight_hh.shape[-2] // _CELLS[cell]["num_gates"]
+    state_size = hidden_size if weight_hr is None else weight_hr.shape[-2]
     batch: Any
     if batch_sizes is None:
         batch = input.shape[-2]
@@ -211,7 +213,7 @@ def _one_hot_like(input: Tensor, weight_ih: Tensor) -> Tensor:
     """The input, or for tokens (int64) a stand-in of the shape and dtype of their one-hot rows."""
     if input.dtype != torch.int64:
         return input
-    return weight_ih.new_empty((1,)).expand(*input.shape, weight_ih.shape[1])
+    return weight_ih.new_empty((1,)).expand(*input.shape, weight_ih.shape[-1])
 
 
 def _saved_shapes(
@@ -230,7 +232,7 @@ def _saved_shapes(
     def kept(units: int, slots: int) -> list[int]:
         return [rows, (units + block - 1) // block * block * slots]
 
-    hidden_size, state_size = weight_hh.shape[0] // int(entry["num_gates"]), weight_hh.shape[1]
+    hidden_size, state_size = weight_hh.shape[-2] // int(entry["num_gates"]), weight_hh.shape[-1]
     gates = kept(hidden_size, int(entry["num_slots"]))
     cells = kept(hidden_size, 1) if entry["num_states"] == 2 else [0]
     hidden = kept(state_size, 1) if entry["saves_hidden"] or weight_hr is not None else [0]
@@ -305,70 +307,32 @@ def _register_fakes(cell: str) -> None:
             *(input.new_empty(shape, dtype=dtype) for shape in saved),
         )
 
-    def backward(
-        grad_output: Tensor | None,
-        grad_h_n: Tensor | None,
-        grad_c_n: Tensor | None,
-        input: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        weight_ih: Tensor,
-        weight_hh: Tensor,
-        bias_ih: Tensor | None,
-        bias_hh: Tensor | None,
-        weight_hr: Tensor | None,
-        batch_sizes: Tensor | None,
-        lengths: Tensor | None,
-        resets: Tensor | None,
-        reverse: bool,
-        gates: Tensor,
-        cells: Tensor,
-        hidden: Tensor,
-        needs: Sequence[bool],
-        grad_all_c: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        primals = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
-        grads = {"grad_output": grad_output, "grad_h_n": grad_h_n, "grad_c_n": grad_c_n, "grad_all_c": grad_all_c}
-        check(primals, batch_sizes, lengths, resets, **grads, gates=gates, cells=cells, hidden=hidden)
+    def check_backward(arguments: Sequence[Any]) -> tuple[Sequence[Tensor | None], Sequence[bool]]:
+        """Check the arguments of a backward op, and give those that are differentiated and which are wanted."""
+        grads, primals = arguments[:3], arguments[3:11]
+        kept, needs, grad_all_c = arguments[15:18], arguments[18], (*arguments[19:], None)[0]
+        names = ("grad_output", "grad_h_n", "grad_c_n", "gates", "cells", "hidden", "grad_all_c")
+        check(primals, *arguments[11:14], **dict(zip(names, (*grads, *kept, grad_all_c), strict=True)))
+        return primals, needs
+
+    def gradients(like: Tensor, primals: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
         return tuple(
-            weight_ih.new_empty(primal.shape if needed and primal is not None else [0])
+            like.new_empty(primal.shape if needed and primal is not None and primal.is_floating_point() else [0])
             for primal, needed in zip(primals, needs, strict=True)
         )
 
-    def backward_factors(
-        grad_output: Tensor | None,
-        grad_h_n: Tensor | None,
-        grad_c_n: Tensor | None,
-        input: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        weight_ih: Tensor,
-        weight_hh: Tensor,
-        bias_ih: Tensor | None,
-        bias_hh: Tensor | None,
-        weight_hr: Tensor | None,
-        batch_sizes: Tensor | None,
-        lengths: Tensor | None,
-        resets: Tensor | None,
-        reverse: bool,
-        gates: Tensor,
-        cells: Tensor,
-        hidden: Tensor,
-        needs: Sequence[bool],
-        grad_all_c: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        primals = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
-        grads = {"grad_output": grad_output, "grad_h_n": grad_h_n, "grad_c_n": grad_c_n, "grad_all_c": grad_all_c}
-        check(primals, batch_sizes, lengths, resets, **grads, gates=gates, cells=cells, hidden=hidden)
+    def backward(*arguments: Any) -> tuple[Tensor, ...]:
+        primals, needs = check_backward(arguments)
+        return gradients(arguments[6], primals, needs)
+
+    def backward_factors(*arguments: Any) -> tuple[Tensor, ...]:
+        primals, needs = check_backward(arguments)
+        input, weight_ih, weight_hh, weight_hr, gates = (arguments[i] for i in (3, 6, 7, 10, 15))
         state_size, hidden_size = (0, 0) if weight_hr is None else weight_hr.shape
-        rows, units = input.shape[:-1], (weight_hh.shape[0], weight_hh.shape[0], weight_hh.shape[1])
-        return (
-            *(
-                input.new_empty(primal.shape if needed and primal is not None else [0])
-                for primal, needed in zip(primals[:3], needs[:3], strict=True)
-            ),
-            *(input.new_empty([*rows, size], dtype=gates.dtype) for size in (*units, state_size, hidden_size)),
-        )
+        rows = input.shape[:-1] if input.is_floating_point() else input.shape
+        units = (weight_hh.shape[0], weight_hh.shape[0], weight_hh.shape[1], state_size, hidden_size)
+        factors = (weight_ih.new_empty([*rows, size], dtype=gates.dtype) for size in units)
+        return (*gradients(weight_ih, primals[:3], needs[:3]), *factors)
 
     torch.library.register_fake(f"rnnfast::{cell}", forward)
     torch.library.register_fake(f"rnnfast::_{cell}_forward", forward_and_save)
@@ -382,7 +346,7 @@ def _register_fakes(cell: str) -> None:
 
         def fake(input: Tensor, *others: Any, **named: Any) -> tuple[Tensor, ...]:
             outputs = plain(input, *others, **named)
-            return (*outputs, input.new_empty([*input.shape[:-1], outputs[2].shape[1]]))
+            return (*outputs, outputs[0].new_empty([*outputs[0].shape[:-1], outputs[2].shape[1]]))
 
         return fake
 

@@ -61,14 +61,16 @@ class Cell:
 
         Args:
             input: ``[T, N, I]``; ``[rows, I]`` with ``batch_sizes``; ``[N, I]`` (one step) without. Or tokens, int64
-                without the last dimension, each for the one-hot row of ``I`` numbers.
+                without the last dimension, each for the one-hot row of ``I`` numbers (of zeros for a token outside
+                0..I-1, which the ops refuse).
             h0: ``[N, P]``, or None for zeros.
             c0: ``[N, H]``, or None for zeros; only for a cell with two states.
             weight_ih: ``[G*H, I]``.
             weight_hh: ``[G*H, P]``.
             bias_ih: ``[G*H]`` or None.
             bias_hh: ``[G*H]`` or None.
-            weight_hr: ``[P, H]``, the projection, or None.
+            weight_hr: ``[P, H]``, the projection, or None. All weights may have one more dimension in front, of ``E``
+                members: sequence ``n`` of the batch runs with weights ``n % E``.
             batch_sizes: int64 ``[T]``, those of a PackedSequence: non-increasing, ``N`` the first.
             lengths: int64 ``[N]``, each 0..T, in any order. Steps past the end are not read: the output is zero there,
                 and the final state is that of the last real step (the initial state for length 0).
@@ -82,8 +84,12 @@ class Cell:
             output ``[T, N, P]`` (``[rows, P]``, ``[N, P]``), ``h_n`` ``[N, P]``, ``c_n`` ``[N, H]`` (``[0]`` for a cell
             with one state); with ``with_all_c`` also c ``[T, N, H]`` in the form of output.
         """
+        if weight_ih.dim() == 3:
+            weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+            return self._members(input, (h0, c0), weights, batch_sizes, (lengths, resets), reverse, with_all_c)
         if not input.is_floating_point():
-            input = F.one_hot(input, weight_ih.shape[1]).to(weight_ih.dtype)
+            # not F.one_hot, which looks at the values and so does not go with vmap
+            input = (input.unsqueeze(-1) == torch.arange(weight_ih.shape[1], device=input.device)).to(weight_ih.dtype)
         rows = None
         single_step = batch_sizes is None and input.dim() == 2
         if batch_sizes is not None:  # a packed batch is a padded one whose rows past the lengths were left out
@@ -131,6 +137,33 @@ class Cell:
 
         final = (all_steps(0), state[0], state[1] if self.num_states == 2 else input.new_empty(0))
         return (*final, all_steps(1)) if with_all_c else final
+
+    def _members(
+        self,
+        input: Tensor,
+        states: Sequence[Tensor | None],
+        weights: Sequence[Tensor | None],
+        batch_sizes: Tensor | None,
+        bounds: Sequence[Tensor | None],
+        reverse: bool,
+        with_all_c: bool,
+    ) -> tuple[Tensor, ...]:
+        """The members of stacked weights one after the other, each on its own sequences."""
+        count = len(weights[0]) if weights[0] is not None else 0
+        sequences = -2 if input.is_floating_point() else -1
+        steps = None if batch_sizes is None else batch_sizes // count
+        scan: Callable[..., tuple[Tensor, ...]] = self
+        parts = []
+        for e in range(count):
+            x = input.movedim(sequences, 0)[e::count].movedim(0, sequences)
+            h0, c0 = (None if state is None else state[e::count] for state in states)
+            member = (None if weight is None else weight[e] for weight in weights)
+            lengths, resets = (None if bound is None else bound[..., e::count] for bound in bounds)
+            parts.append(scan(x, h0, c0, *member, steps, lengths, resets, reverse, with_all_c))
+        return tuple(
+            torch.stack(of_all, -2).flatten(-3, -2) if of_all[0].dim() > 1 else of_all[0]
+            for of_all in zip(*parts, strict=True)
+        )
 
 
 CELLS: dict[str, Cell] = {}

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -292,6 +293,7 @@ def test_help(script, capsys):
         (heads, ["--cells", "gur"], "no cell 'gur'; choose from"),
         (heads, ["--questions", "why"], "invalid choice: 'why'"),
         (heads, ["--output", __file__], "cannot be written"),
+        (transforms, ["--output", __file__], "cannot be written"),
         (language_model, ["--cell", "gur"], "no cell 'gur'; choose from"),
         (language_model, ["--corpus", "moby-dick"], "'moby-dick' is neither a file nor one of the known corpora"),
         (language_model, ["--steps", "none"], "invalid positive_int value: 'none'"),
@@ -310,7 +312,7 @@ def test_argument_errors(script, arguments, message, capsys):
 
 
 @pytest.mark.skipif(bool(_C.build_info()["cuda"]), reason="this build has CUDA kernels")
-@pytest.mark.parametrize("script", [layers, language_model, features, heads])
+@pytest.mark.parametrize("script", [layers, language_model, features, heads, transforms])
 def test_cuda_is_refused_without_kernels(script, capsys):
     with pytest.raises(SystemExit) as status:
         script.main(["--device", "cuda"])
@@ -462,6 +464,41 @@ def test_features_gives_no_time_for_a_wrong_result(monkeypatch, tmp_path, capsys
     assert features.main(arguments) == 1
     captured = capsys.readouterr()
     assert "wrong: differs by" in captured.out and "1 of 4 rows have wrong results" in captured.err
+
+
+def test_transforms_from_end_to_end(tmp_path):
+    arguments = ("--quick", "--no-compile", "--seconds", "0.01", "--threads", "1")
+    done = run("transforms.py", *arguments, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "transforms-quick-cpu-float32-1t.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    one = [("per-sample", "loop"), ("per-sample", "torch.nn"), *[("ensemble", "loop")] * 2, *[("stacked", "loop")] * 2]
+    every = [(cell, *pair) for cell in ("RNN", "GRU", "LSTM") for pair in one]
+    assert [(row["cell"], row["question"], row["against"]) for row in rows] == every
+    assert all(row["status"] == "ok" and float(row["rnnfast_ms"]) > 0 for row in rows)
+    assert json.loads((tmp_path / "transforms-quick-cpu-float32-1t.json").read_text())["threads"] == 1
+
+
+def test_transforms_gives_no_time_for_a_wrong_result(monkeypatch, tmp_path, capsys):
+    """Where one way gives other numbers."""
+
+    def questions(*_):
+        yield transforms.Question(*"abcd", (1, 1, 1, 1), lambda: torch.zeros(2), lambda: torch.ones(2))
+
+    monkeypatch.setattr(transforms, "questions", questions)
+    assert transforms.main(["--quick", "--seconds", "0.01", "--output", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert "wrong: Tensor-likes are not close" in captured.out and "1 of 1 rows have wrong results" in captured.err
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compilers warn of their own imports
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs g++, which this machine lacks")
+def test_compiled_questions_agree():
+    """The compiled model is one graph and gives what eager mode gives."""
+    with torch._dynamo.config.patch(allow_rnn=True):
+        for question in transforms.compiled(CPU, torch.float32):
+            torch.testing.assert_close(question.ours(), question.other(), rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
 
 
 def test_language_model_from_end_to_end(tmp_path):

@@ -19,6 +19,7 @@ import rnnfast
 # torch's compilers warn of their own imports and of what they skip.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 T, N, I, H = 5, 3, 4, 6  # noqa: E741  (the letter of the whole code base)
 
 
@@ -79,27 +80,20 @@ def results(function, model: torch.nn.Module, x: torch.Tensor) -> list[torch.Ten
     return [*outputs, *grads]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_compile(layer):
+def test_compile(layer, dtype):
     """One graph forward and backward, the eager results."""
-    model = Model(layer)
+    model = Model(layer).to(DTYPES[dtype])
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    x = sample(layer)
+    x = sample(layer).to(DTYPES[dtype])
     for have, want in zip(results(compiled, model, x), results(model, model, x), strict=True):
         torch.testing.assert_close(have, want)
     with torch.no_grad():
         torch.testing.assert_close(flat(compiled(x)), flat(model(x)))
     explained = torch._dynamo.explain(model)(x)
     assert explained.graph_break_count == 0 and explained.graph_count == 1
-
-
-@pytest.mark.parametrize("cell_module", ["RNNCell", "GRUCell", "LSTMCell"])
-def test_cells_need_no_setting(cell_module):
-    """The setting that the layers need is not needed for cells."""
-    model, x = Model(cell_module), sample(cell_module)
-    with torch._dynamo.config.patch(allow_rnn=False):
-        torch.testing.assert_close(flat(torch.compile(model, fullgraph=True, backend="eager")(x)), flat(model(x)))
 
 
 @pytest.mark.parametrize("layer", ["RNN", "GRU-deep", "LSTM"])
@@ -144,11 +138,12 @@ def test_compiled_per_sample_gradients():
         torch.testing.assert_close(have[name], want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_export(layer):
+def test_export(layer, dtype):
     """Exported with dynamic shapes, saved, loaded, run with other sizes."""
-    model = Model(layer).eval()
-    x = sample(layer)
+    model = Model(layer).to(DTYPES[dtype]).eval()
+    x = sample(layer).to(DTYPES[dtype])
     batch = torch.export.Dim("batch", min=2)
     dims = {0: batch} if layer.endswith("Cell") else {0: torch.export.Dim("steps", min=2), 1: batch}
     program = torch.export.export(model, (x,), dynamic_shapes=(dims,))
@@ -159,7 +154,7 @@ def test_export(layer):
     buffer.seek(0)
     loaded = torch.export.load(buffer).module()
     for steps, size in ((T, N), (9, 7)):
-        x = sample(layer, steps, size)
+        x = sample(layer, steps, size).to(DTYPES[dtype])
         torch.testing.assert_close(flat(loaded(x)), flat(model(x)))
 
 
@@ -180,6 +175,63 @@ def test_export_of_packed_input_is_refused():
         torch.export.export(Packed(), (packed.data, packed.batch_sizes))
 
 
+class WithLengths(torch.nn.Module):
+    """A bidirectional layer over padded sequences."""
+
+    def __init__(self, as_list: bool = False) -> None:
+        super().__init__()
+        self.layer, self.as_list = rnnfast.GRU(I, H, bidirectional=True), as_list
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor, resets: torch.Tensor):
+        return self.layer(x, lengths=lengths.tolist() if self.as_list else lengths, resets=resets)
+
+
+def test_export_with_lengths_and_resets():
+    """The lengths are data, not shapes: exported once, run with other ones and other sizes."""
+    model = WithLengths().eval()
+    steps, batch = torch.export.Dim("steps", min=2), torch.export.Dim("batch", min=2)
+    dims = ({0: steps, 1: batch}, {0: batch}, {0: steps, 1: batch})
+    first = (torch.randn(T, N, I), torch.tensor([5, 2, 3]), torch.rand(T, N) < 0.3)
+    second = (torch.randn(7, 2, I), torch.tensor([0, 7]), torch.rand(7, 2) < 0.3)
+    program = torch.export.export(model, first, dynamic_shapes=dims).module()
+    for arguments in (first, second):
+        torch.testing.assert_close(flat(program(*arguments)), flat(model(*arguments)))
+    with pytest.raises(ValueError, match=r"lengths: expected values from 0 to T = 7, got 8 for sequence 1"):
+        program(second[0], torch.tensor([0, 8]), second[2])
+
+
+def test_export_of_lengths_in_shapes_is_refused():
+    """A list made of a tensor's values: the error says to give the tensor."""
+    arguments = (torch.randn(T, N, I), torch.tensor([5, 2, 3]), torch.rand(T, N) < 0.3)
+    with pytest.raises(ValueError, match=r"lengths must be 3 integers, \[N\], got .*; give torch.export a Tensor"):
+        torch.export.export(WithLengths(as_list=True), arguments)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_setting(layer):
+    """What README quotes: without the setting layers break the graph, and eager results come all the same."""
+    model, x = Model(layer), sample(layer)
+    with torch._dynamo.config.patch(allow_rnn=False):
+        torch.testing.assert_close(flat(torch.compile(model, backend="eager")(x)), flat(model(x)))
+        torch._dynamo.reset()
+        whole = torch.compile(model, fullgraph=True, backend="eager")
+        if layer.endswith("Cell"):
+            torch.testing.assert_close(flat(whole(x)), flat(model(x)))
+        else:
+            with pytest.raises(torch._dynamo.exc.Unsupported, match=r"(?s)Attempted to wrap RNN.*allow_rnn=True"):
+                whole(x)
+
+
+def test_jit_trace():
+    """torch.jit's tracer records our op; what it saved runs with other sizes."""
+    model = Model("LSTM").eval()
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, (sample("LSTM"),)), buffer)
+    buffer.seek(0)
+    x = sample("LSTM", 9, 7)
+    torch.testing.assert_close(flat(torch.jit.load(buffer)(x)), flat(model(x)))
+
+
 @gpp
 def test_aot_inductor(tmp_path):
     """A package compiled ahead of time, run with sizes it has not seen."""
@@ -192,6 +244,15 @@ def test_aot_inductor(tmp_path):
         for steps, batch in ((T, N), (9, 7)):
             x = sample("LSTM", steps, batch)
             torch.testing.assert_close(flat(loaded(x)), flat(model(x)))
+
+
+@pytest.mark.parametrize("layer", ["GRU", "LSTMCell"])
+def test_complex_input_is_refused(layer):
+    """Modules say so too, and what to do instead."""
+    x = sample(layer).to(torch.complex64)
+    match = r"complex64.*view_as_real" if layer == "GRU" else r"same dtype, but got torch\.complex64"
+    with pytest.raises((ValueError, RuntimeError), match=match):
+        LAYERS[layer]()(x)
 
 
 def test_complex_is_refused(cell):

@@ -104,20 +104,6 @@ def test_tokens_pass_opcheck_and_double_backward(cell, kind):
         torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_tokens_are_refused_inside_transforms(cell):
-    tokens, _ = token_call(cell, 3, 2, 5, 4)
-    weight_ih = tokens.tensors["weight_ih"]
-
-    def total(weight):
-        arguments = [weight if argument is weight_ih else argument for argument in tokens.positional()]
-        return tokens.op()(*arguments, **tokens.options)[0].sum()
-
-    with pytest.raises(
-        NotImplementedError, match=r"input: expected floating-point input inside a torch\.func transform"
-    ):
-        torch.func.grad(total)(weight_ih)
-
-
 @pytest.mark.parametrize("token", [-1, 28, 2**62, -(2**62)])
 @pytest.mark.parametrize("kind", ["padded", "packed", "step"])
 def test_tokens_out_of_range_are_an_index_error(cell, token, kind):

@@ -76,9 +76,23 @@ def test_export(layer, with_state):
     )
     arguments = (x, *state) if with_state else (x,)
     program = export(model, arguments)
-    names = [n.op_type for n in program.model_proto.graph.node]
+    check_nodes(program, node, count)
+    check_results(program, model, arguments)
+    directions = 2 if layer.endswith("-deep") else 1
+    assert rnnfast.onnx.join_directions(program) == (count // 2 if directions == 2 else 0)
+    check_nodes(program, node, count // directions)
+    check_results(program, model, arguments)
+
+
+def check_nodes(program, node: str, count: int) -> None:
+    """So many standard nodes, nothing of a domain of its own, no loop."""
+    nodes = program.model_proto.graph.node
+    names = [n.op_type for n in nodes]
     assert names.count(node) == count
-    assert not set(names) & {"Loop", "Scan"} and all(not n.domain for n in program.model_proto.graph.node)
+    assert not set(names) & {"Loop", "Scan"} and all(not n.domain for n in nodes)
+
+
+def check_results(program, model: torch.nn.Module, arguments: tuple) -> None:
     with torch.no_grad():
         expected = flat(model(*arguments))
     for have, want in zip(run(program, arguments), expected, strict=True):
@@ -87,15 +101,12 @@ def test_export(layer, with_state):
 
 def test_dynamic_shapes():
     """Exported once, run with other numbers of steps and sequences."""
-    model = Model(rnnfast.GRU(I, H))
+    model = Model(rnnfast.GRU(I, H, bidirectional=True))
     shapes = {0: torch.export.Dim("T", min=2), 1: torch.export.Dim("N", min=2)}
     program = export(model, (torch.randn(T, N, I),), dynamic_shapes=(shapes,))
+    assert rnnfast.onnx.join_directions(program) == 1
     for steps, batch in ((2, 9), (11, 2)):
-        x = torch.randn(steps, batch, I)
-        with torch.no_grad():
-            expected = flat(model(x))
-        for have, want in zip(run(program, (x,)), expected, strict=True):
-            torch.testing.assert_close(have, want, rtol=0, atol=1e-5)
+        check_results(program, model, (torch.randn(steps, batch, I),))
 
 
 def test_lengths():
@@ -113,10 +124,48 @@ def test_lengths():
 
     model, arguments = Padded(), (torch.randn(T, N, I), torch.tensor([2, 5, 1]))
     program = export(model, arguments)
-    with torch.no_grad():
-        expected = flat(model(*arguments))
-    for have, want in zip(run(program, arguments), expected, strict=True):
-        torch.testing.assert_close(have, want, rtol=0, atol=1e-5)
+    check_results(program, model, arguments)
+    rnnfast.onnx.join_directions(program)
+    check_results(program, model, arguments)
+
+
+def test_lengths_of_a_layer():
+    """The lengths option of a bidirectional layer, joined to one node."""
+
+    class Padded(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = rnnfast.LSTM(I, H, bidirectional=True)
+
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor):
+            return self.layer(x, lengths=lengths)
+
+    model, arguments = Padded(), (torch.randn(T, N, I), torch.tensor([2, 5, 1]))
+    program = export(model, arguments)
+    assert rnnfast.onnx.join_directions(program) == 1
+    check_nodes(program, "LSTM", 1)
+    check_results(program, model, arguments)
+
+
+def test_directions_that_depend_are_not_joined():
+    """A reverse call whose state comes from the forward one stays a node of its own; so do other sizes."""
+
+    class Chained(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.GRU(I, H), torch.nn.GRU(I, H)
+            self.third = torch.nn.GRU(I, H + 1)
+
+        def forward(self, x: torch.Tensor):
+            one = rnnfast.ops.gru(x, x.new_zeros(N, H), *self.first.parameters())
+            two = rnnfast.ops.gru(x, one[1], *self.second.parameters(), reverse=True)
+            return one, two, rnnfast.ops.gru(x, x.new_zeros(N, H + 1), *self.third.parameters(), reverse=True)
+
+    model, arguments = Chained(), (torch.randn(T, N, I),)
+    program = export(model, arguments)
+    assert rnnfast.onnx.join_directions(program) == 0
+    check_nodes(program, "GRU", 3)
+    check_results(program, model, arguments)
 
 
 def test_projection_is_refused():

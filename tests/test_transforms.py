@@ -5,7 +5,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import cases
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
@@ -237,7 +237,6 @@ def test_nested_vmap():
         torch.testing.assert_close(have[name], want[name], rtol=1e-11, atol=1e-11)
 
 
-@settings(max_examples=25)
 @given(data=st.data())
 def test_ops(cell, data):
     """Any call of an op, any of its arguments mapped: outputs and all gradients per example, as by single calls."""
@@ -245,7 +244,6 @@ def test_ops(cell, data):
     check_op(data, cell, lambda call: call(call.op())[:live])
 
 
-@settings(max_examples=25)
 @given(data=st.data())
 def test_op_with_all_c(data):
     """The same of the op that returns the cell state of all steps."""
@@ -313,6 +311,163 @@ def test_folding():
     assert names.count("rnnfast::_lstm_forward") == 1
     assert names.count("rnnfast::_lstm_backward_factors") == 1
     assert names.count("rnnfast::_lstm_backward") == 0
+
+
+def test_ensemble_is_one_call():
+    """Mapped weights are one call too, forward and backward; so is a mixture of mapped weights and shared ones."""
+    for module in ("RNN", "GRU", "LSTM"):
+        s = Subject(module)
+        cell = {"RNN": "rnn_tanh"}.get(module, module.lower())
+        parameters = {name: torch.stack([p, 0.5 * p, -p]) for name, p in s.parameters.items()}
+        assert count_calls(vmap(s.run, in_dims=(0, None)), parameters, s.x).count(f"rnnfast::{cell}") == 2
+        names = count_calls(vmap(grad(s.loss), in_dims=(0, None)), parameters, s.x)
+        assert names.count(f"rnnfast::_{cell}_forward") == names.count(f"rnnfast::_{cell}_backward") == 1
+        shared = dict.fromkeys(s.parameters) | {"weight_hh_l0": 0}
+        mixed = s.parameters | {"weight_hh_l0": parameters["weight_hh_l0"]}
+        have = vmap(grad(s.loss), in_dims=(shared, None))(mixed, s.x)
+        for b in range(B):
+            one = s.parameters | {"weight_hh_l0": parameters["weight_hh_l0"][b]}
+            want = s.plain_gradients(one, s.x, of_input=False)
+            for name in want:
+                torch.testing.assert_close(have[name][b], want[name], rtol=1e-11, atol=1e-11)
+
+
+def test_all_c_by_the_kernels():
+    """Per-sample gradients of a loss of all cell states are one forward and one backward."""
+    layer = rnnfast.LSTM(I, H, dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters, x):
+        return functional_call(layer, parameters, (x,), {"return_cells": True})[2].square().sum()
+
+    xs = torch.randn(B, T, N, I, dtype=torch.float64)
+    names = count_calls(vmap(grad(loss), in_dims=(None, 0)), parameters, xs)
+    assert names.count("rnnfast::_lstm_all_c_forward") == names.count("rnnfast::_lstm_backward_factors") == 1
+
+
+def test_training_an_ensemble():
+    """loss.backward() over vmapped weights, without torch.func.grad."""
+    s = Subject("LSTM-projected")
+    parameters = {name: torch.stack([p, 0.5 * p]).requires_grad_() for name, p in s.parameters.items()}
+    sum(y.square().sum() for y in vmap(s.run, in_dims=(0, None))(parameters, s.x)).backward()
+    for b in range(2):
+        one = {name: p[b].detach().requires_grad_() for name, p in parameters.items()}
+        sum(y.square().sum() for y in s.run(one, s.x)).backward()
+        for name, p in one.items():
+            torch.testing.assert_close(parameters[name].grad[b], p.grad, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("module", ["GRU", "LSTM-cells", "LSTM-projected"])
+def test_nested_ensembles(module):
+    """Weights mapped twice, and weights with an input mapped outside or inside of them."""
+    s = Subject(module)
+    twice = {
+        name: torch.stack([torch.stack([p, -p]), torch.stack([0.5 * p, 2 * p])]) for name, p in s.parameters.items()
+    }
+    once = {name: p[0] for name, p in twice.items()}
+
+    def gradients(parameters, x):
+        return grad(s.loss, argnums=(0, 1))(parameters, x)
+
+    def plain(parameters, x):
+        return s.plain_gradients(parameters, x)
+
+    def pick(parameters, *index):
+        return {name: p[index] for name, p in parameters.items()}
+
+    pairs = [
+        (
+            vmap(vmap(gradients, in_dims=(0, None)), in_dims=(0, None))(twice, s.x),
+            stack([stack([plain(pick(twice, a, b), s.x) for b in range(2)]) for a in range(2)]),
+        ),
+        (
+            vmap(vmap(gradients, in_dims=(0, None)), in_dims=(None, 0))(once, s.xs),
+            stack([stack([plain(pick(once, b), x) for b in range(2)]) for x in s.xs]),
+        ),
+        (
+            vmap(vmap(gradients, in_dims=(None, 0)), in_dims=(0, None))(once, s.xs),
+            stack([stack([plain(pick(once, b), x) for x in s.xs]) for b in range(2)]),
+        ),
+    ]
+    for have, want in pairs:
+        leaves = (torch.utils._pytree.tree_leaves(tree) for tree in (have, want))
+        for a, b in zip(*leaves, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+    def last(parameters):
+        return vmap(s.run, in_dims=(0, None))(parameters, s.x)[-1]
+
+    for name in ("weight_ih_l0", "bias_hh_l0"):
+        have = jacrev(lambda p, name=name: last(once | {name: p}))(once[name])
+        want = torch.autograd.functional.jacobian(lambda p, name=name: last(once | {name: p}), once[name])
+        torch.testing.assert_close(have, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("lengths", [None, (4, 0)], ids=["full", "lengths"])
+def test_tokens(cell, lengths):
+    """Tokens in every transform are the one-hot rows they stand for."""
+    size, states = 6, REFERENCES[cell].num_states
+    gates = REFERENCES[cell].num_gates * H
+    weights = tuple(
+        torch.randn(*shape, dtype=torch.float64) for shape in ((gates, size), (gates, H), (gates,), (gates,))
+    )
+    h0 = torch.randn(N, H, dtype=torch.float64)
+    op = getattr(torch.ops.rnnfast, cell)
+    options = {} if lengths is None else {"lengths": torch.tensor(lengths)}
+
+    def run(weights, h0, tokens):
+        return op(tokens, h0, None, *weights, None, **options)[: 1 + states]
+
+    def by_one_hot(weights, h0, tokens):
+        return run(weights, h0, torch.eye(size, dtype=torch.float64)[tokens])
+
+    def loss(run, weights, h0, tokens):
+        return sum((y * upstream(y)).square().sum() for y in run(weights, h0, tokens))
+
+    tokens = torch.randint(size, (B, T, N))
+    many = tuple(torch.stack([w, 0.5 * w, -w]) for w in weights)
+
+    def everything(run):
+        def first(weights, h0, tokens):
+            return grad(lambda w, h: loss(run, w, h, tokens), argnums=(0, 1))(weights, h0)
+
+        def plain(weights, h0, x):
+            return run(weights, h0, x)
+
+        return [
+            first(weights, h0, tokens[0]),
+            vmap(plain, in_dims=(None, None, 0))(weights, h0, tokens),
+            vmap(plain, in_dims=(0, None, None))(many, h0, tokens[0]),
+            vmap(first, in_dims=(None, None, 0))(weights, h0, tokens),
+            vmap(first, in_dims=(0, None, 0))(many, h0, tokens),
+            jvp(lambda w: run(w, h0, tokens[0]), (weights,), (weights,)),
+            jacrev(lambda h: run(weights, h, tokens[0])[0])(h0),
+            jacrev(jacrev(lambda h: loss(run, weights, h, tokens[0])))(h0),
+        ]
+
+    for have, want in zip(everything(run), everything(by_one_hot), strict=True):
+        leaves = (torch.utils._pytree.tree_leaves(tree) for tree in (have, want))
+        for a, b in zip(*leaves, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("token", [-1, 6])
+def test_tokens_outside_are_refused(cell, token):
+    """In every transform, also where the reference runs, which does not look at them."""
+    gates = REFERENCES[cell].num_gates * H
+    w, r = torch.randn(gates, 6), torch.randn(gates, H)
+    tokens = torch.zeros(B, T, N, dtype=torch.int64)
+    tokens[1, 2, 1] = token
+
+    def output(tokens, w):
+        return getattr(torch.ops.rnnfast, cell)(tokens, None, None, w, r, None, None, None)[0]
+
+    def tangent(tokens):
+        return jvp(lambda w: output(tokens, w), (w,), (w,))[1]
+
+    for refused in (lambda: vmap(lambda t: output(t, w))(tokens), lambda: vmap(tangent)(tokens)):
+        with pytest.raises(IndexError, match=f"input: expected tokens from 0 to 5, .* got {token}"):
+            refused()
 
 
 def test_training_through_vmap():
