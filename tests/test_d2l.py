@@ -5,7 +5,6 @@ import dataclasses
 import importlib
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -20,8 +19,8 @@ import rnnfast
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = ROOT / "benchmarks"
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 d2l = importlib.import_module("d2l")
 
@@ -161,8 +160,7 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path, book):
     def start(folder):
         command = [sys.executable, str(BENCHMARKS / "d2l.py"), "cells", "--cell", "rnn", "--epochs", "6"]
         command += ["--corpus", str(book), "--work", str(folder)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     broken = start(tmp_path / "broken")
     log = tmp_path / "broken" / "d2l-cells-rnnfast" / "rnn" / "log.csv"

@@ -153,7 +153,7 @@ inline void panel_stretch(int64_t rows, int nr, Inner inner, const T* b, const R
     // lines in pairs.
     constexpr int64_t kLine = 128;
     const int64_t bytes = 2 * nr * kVectorBytes, lines = next ? (bytes / kLine - i + blocks - 1) / blocks : 0;
-    const Prefetch ahead{reinterpret_cast<const char*>(next) + i * kLine, bytes, blocks * kLine, lines};
+    const Prefetch ahead{reinterpret_cast<const char*>(next ? next : b) + i * kLine, bytes, blocks * kLine, lines};
     switch (nr) {
       case 1:
         tile_of_rows<T, 1>(m, inner, b, part, ahead);
