@@ -70,6 +70,40 @@ Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return t;
 }
 
+// Scratch of a call. Each thread that calls keeps its last one for the next call, up to kMostKept bytes: memory fresh
+// from the system is zeroed page by page, which can take as long as the call.
+class Scratch {
+ public:
+  Scratch(int64_t elements, const at::TensorOptions& options)
+      : bytes_(elements * static_cast<int64_t>(options.dtype().itemsize())) {
+    // Tests have uninitialized memory filled, and want this filled too.
+    keeps_ =
+        !(at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory());
+    if (keeps_ && kept_.defined() && kept_.numel() >= bytes_)
+      memory_ = std::move(kept_);
+    else
+      memory_ = empty({bytes_}, options.dtype(at::kByte));
+    kept_ = Tensor();
+  }
+  ~Scratch() {
+    if (keeps_ && memory_.numel() <= kMostKept) kept_ = std::move(memory_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  template <typename T>
+  T* data() const {
+    return reinterpret_cast<T*>(memory_.mutable_data_ptr<uint8_t>());
+  }
+
+ private:
+  static constexpr int64_t kMostKept = int64_t{1} << 27;
+  static thread_local Tensor kept_;
+  int64_t bytes_;
+  bool keeps_;
+  Tensor memory_;
+};
+thread_local Tensor Scratch::kept_;
+
 // ---- checks and layout ----
 
 struct Dim {
@@ -503,8 +537,8 @@ class Call {
 
   template <typename T, typename Size, typename Run>
   void run_driver(SequenceParams<T>& p, Size scratch_size, Run run) const {
-    const Tensor scratch = empty({scratch_size(p)}, input_.options().dtype(compute_));
-    p.scratch = scratch.mutable_data_ptr<T>();
+    const Scratch scratch(scratch_size(p), input_.options().dtype(compute_));
+    p.scratch = scratch.data<T>();
     run(p);
   }
 
