@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import inspect
 import json
 import math
 import statistics
@@ -729,7 +728,7 @@ def run_one(setting: Setting, impl: str, seed: int, folder: Path, tell: Callable
 
 
 def check(parser: argparse.ArgumentParser, settings: list[Setting], options: argparse.Namespace) -> list[Setting]:
-    """Refuses what would fail later: a missing corpus or series, a cell that is not there, a text that is too short."""
+    """Refuses what would fail later: a missing corpus or series, a text that is too short."""
     if not settings:
         parser.error(f"--cell {' '.join(options.cell)}: this experiment has no model of it")
     variants = [setting for setting in settings if setting.is_variant]
@@ -737,8 +736,6 @@ def check(parser: argparse.ArgumentParser, settings: list[Setting], options: arg
         names = ", ".join(setting.name for setting in variants)
         print(f"torch.nn has no such GRU, left out: {names}", file=sys.stderr)
         settings = [setting for setting in settings if not setting.is_variant]
-    elif variants and "reset_after" not in inspect.signature(rnnfast.GRU.__init__).parameters:
-        parser.error("this version of rnnfast has no GRU with reset_after= and gates=")
     try:
         for corpus in sorted({s.corpus for s in settings if isinstance(s, LanguageModel)}):
             some = next(s for s in settings if isinstance(s, LanguageModel) and s.corpus == corpus)

@@ -1,4 +1,4 @@
-"""Times what the layers have and torch.nn's do not: resets, lengths, the cell states of all steps.
+"""Times what the layers have and torch.nn's do not: resets, lengths, cell states of all steps, other cells.
 
 Each row sets our call against another way (`against`) to the same numbers; both take turns, and a row whose outputs or
 gradients differ gets no time and makes the exit status 1:
@@ -9,6 +9,7 @@ gradients differ gets no time and makes the exit status 1:
   lengths  plain     our own layer without lengths, on the padding too: what leaving it out saves
   cells    plain     our own LSTM without return_cells: what they cost
   cells    loop      torch.nn's LSTM called once per step, which is how one gets them there
+  (option) plain     our own layer without the option, for each of OPTIONS: what another cell costs
 
 Units: milliseconds per call (medians); `ratio` is the other way's time over ours (above 1: ours is faster; the median
 over pairs of turns, its quartiles beside it). Training is forward and backward from a dense gradient of the output.
@@ -40,6 +41,23 @@ import rnnfast
 MODES = ("inference", "training")
 SHAPES = ((128, 16, 256, 256), (128, 128, 256, 256))  # T, N, I, H
 QUICK_SHAPES = ((16, 4, 32, 32),)
+# Options of the layers by the name of a row, for each class.
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "RNN": {"zoneout": {"zoneout": 0.1}, "dropout": {"recurrent_dropout": 0.25}},
+    "GRU": {
+        "before": {"reset_after": False},
+        "reset": {"gates": "reset"},
+        "update": {"gates": "update"},
+        "zoneout": {"zoneout": 0.1},
+        "dropout": {"recurrent_dropout": 0.25},
+    },
+    "LSTM": {
+        "peephole": {"peephole": True},
+        "coupled": {"coupled": True},
+        "zoneout": {"zoneout": 0.1},
+        "dropout": {"recurrent_dropout": 0.25},
+    },
+}
 RESET_RATE = 0.02  # an episode of some 50 steps
 # Largest difference allowed, as a share of the largest value; a wrong boundary differs by a share near 1.
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-9, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -115,6 +133,10 @@ def contests(cell: Cell, shape: tuple[int, ...], device: torch.device, dtype: to
             weights,
             same=True,
         )
+    for name, option in OPTIONS[cell.class_name].items():
+        other = getattr(rnnfast, cell.class_name)(I, H, **options, **option).train()
+        both = list(other.parameters()), weights[0]
+        yield Contest(name, "plain", lambda x, other=other: other(x)[0], plain, both, same=False)
 
 
 def difference(contest: Contest, x: torch.Tensor, grad_output: torch.Tensor) -> float:

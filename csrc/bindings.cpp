@@ -44,6 +44,8 @@ py::list cells() {
     entry["num_states"] = cell.has_cell ? 2 : 1;
     entry["num_slots"] = cell.slots;
     entry["saves_hidden"] = cell.saves_hidden;
+    entry["num_late_gates"] = cell.late_gates;
+    entry["num_peepholes"] = cell.peepholes;
     entry["source"] = cell.source;
     list.append(entry);
   }

@@ -15,6 +15,13 @@
 //   kInputGates[q], kRecurrentGates[q]   the row block, in torch's order, that feeds slot kInput + q, kRecurrent + q
 //   kHasCell                         a second state c beside h
 //   kHidden                          where backward finds h of earlier steps (see Hidden)
+//   kLateGates                       how many gates, the last of the recurrent ones, take their recurrent product not
+//                                    of h but of late_input(slot 0, h), a gate of its own; backward_late then follows
+//                                    backward, with the gradient of what late_input gave
+//   kPeepholes                       vectors of H weights by which gates see c; forward and backward get them as w.
+//                                    kPeepholeSlots[k] is the slot that vector k feeds: from c before the step, the
+//                                    last from c after it. For a cell with c `next_cell` gives that from the slots once
+//                                    more
 #pragma once
 
 #include "math.h"
@@ -23,14 +30,19 @@ namespace rnnfast {
 inline namespace RNNFAST_ISA {
 
 enum class Hidden {
-  kSlot,    // it is slot 0
+  kSlot,    // it is the only slot
   kSaved,   // a copy is kept
   kOfCell,  // recomputed: output(slots, c)
 };
 
+// What most cells have none of.
+struct Common {
+  static constexpr int kLateGates = 0, kPeepholes = 0;
+};
+
 // h_t = f(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), f = tanh or relu. Elman 1990.
 template <bool kTanh>
-struct RNN {
+struct RNN : Common {
   static constexpr const char* kName = kTanh ? "rnn_tanh" : "rnn_relu";
   static constexpr const char* kSource = "Elman 1990, Finding structure in time";
   static constexpr int kGates = 1, kSlots = 1, kInput = 0, kRecurrent = 0;
@@ -39,13 +51,13 @@ struct RNN {
   static constexpr Hidden kHidden = Hidden::kSlot;
 
   template <typename V>
-  static void forward(V (&slot)[kSlots], V, V, V& h, V&) {
+  static void forward(V (&slot)[kSlots], V, V, V& h, V&, const V*) {
     h = slot[0] = kTanh ? tanh(slot[0]) : relu(slot[0]);
   }
 
   // f'(a) from h = f(a): 1 - h^2 for tanh, [h > 0] for relu (NaN passes, as in torch).
   template <typename V>
-  static void backward(V (&slot)[kSlots], V, V, V, V dh, V&, V& dh_prev) {
+  static void backward(V (&slot)[kSlots], V, V, V, V dh, V&, V& dh_prev, const V*) {
     const V h = slot[0];
     slot[0] = kTanh ? dh * (1 - h * h) : (h <= 0 ? V{} : dh);
     dh_prev = V{};
@@ -56,80 +68,207 @@ struct RNN {
 // z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
 // n = tanh(W_in x + b_in + r * (W_hn h + b_hn))
 // h' = (1 - z) * n + z * h
-// Cho et al. 2014, with the reset gate applied after the recurrent product, as cuDNN and torch do.
-// torch's order r, z, n. Slots: W_in x + b_in, later n | r | z | W_hn h + b_hn.
-struct GRU {
-  static constexpr const char* kName = "gru";
+// Cho et al. 2014, with the reset gate applied after the recurrent product, as cuDNN and torch do; torch's order r, z,
+// n. Without a reset gate r = 1, which is the update gate RNN of Collins et al. 2016; without an update gate z = 0.
+// Slots: n before r is applied, later n | r | z | W_hn h + b_hn. Without a reset gate: n | z.
+template <bool kReset, bool kUpdate>
+struct GRU : Common {
+  static constexpr const char* kName = !kUpdate ? "gru_reset" : !kReset ? "gru_update" : "gru";
   static constexpr const char* kSource =
-      "Cho et al. 2014, Learning phrase representations; reset gate after the recurrent product, as cuDNN";
-  static constexpr int kGates = 3, kSlots = 4, kInput = 0, kRecurrent = 1;
-  static constexpr int kInputGates[] = {2, 0, 1}, kRecurrentGates[] = {0, 1, 2};
+      !kUpdate  ? "Cho et al. 2014, Learning phrase representations, without the update gate"
+      : !kReset ? "Collins et al. 2016, Capacity and trainability in recurrent neural networks: the update gate RNN"
+                : "Cho et al. 2014, Learning phrase representations; reset gate after the recurrent product, as cuDNN";
+  static constexpr int kGates = 1 + kReset + kUpdate, kSlots = kGates + kReset, kInput = 0, kRecurrent = kReset;
+  static constexpr int kInputGates[] = {kGates - 1, 0, 1};
+  static constexpr int kRecurrentGates[] = {!kReset, kReset, 2};
   static constexpr bool kHasCell = false;
   static constexpr Hidden kHidden = Hidden::kSaved;
+  static constexpr int kR = 1, kZ = 1 + kReset, kRecurrentN = kSlots - 1;
 
   template <typename V>
-  static void forward(V (&slot)[kSlots], V h_prev, V, V& h, V&) {
-    const V r = sigmoid(slot[1]), z = sigmoid(slot[2]);
-    const V n = tanh(slot[0] + r * slot[3]);
-    h = n + z * (h_prev - n);
-    slot[0] = n, slot[1] = r, slot[2] = z;
+  static void forward(V (&slot)[kSlots], V h_prev, V, V& h, V&, const V*) {
+    if constexpr (kReset) {
+      slot[kR] = sigmoid(slot[kR]);
+      slot[0] += slot[kR] * slot[kRecurrentN];
+    }
+    h = slot[0] = tanh(slot[0]);
+    if constexpr (kUpdate) {
+      slot[kZ] = sigmoid(slot[kZ]);
+      h += slot[kZ] * (h_prev - h);
+    }
   }
 
   template <typename V>
-  static void backward(V (&slot)[kSlots], V h_prev, V, V, V dh, V&, V& dh_prev) {
-    const V n = slot[0], r = slot[1], z = slot[2], recurrent = slot[3];
-    const V da_n = dh * (1 - z) * (1 - n * n);
-    slot[0] = da_n;
-    slot[1] = da_n * recurrent * (r * (1 - r));
-    slot[2] = dh * (h_prev - n) * (z * (1 - z));
-    slot[3] = da_n * r;
-    dh_prev = dh * z;
+  static void backward(V (&slot)[kSlots], V h_prev, V, V, V dh, V&, V& dh_prev, const V*) {
+    const V n = slot[0];
+    V dn = dh;
+    dh_prev = V{};
+    if constexpr (kUpdate) {
+      const V z = slot[kZ];
+      dn = dh * (1 - z);
+      dh_prev = dh * z;
+      slot[kZ] = dh * (h_prev - n) * (z * (1 - z));
+    }
+    slot[0] = dn * (1 - n * n);
+    if constexpr (kReset) {
+      const V r = slot[kR], recurrent = slot[kRecurrentN];
+      slot[kR] = slot[0] * recurrent * (r * (1 - r));
+      slot[kRecurrentN] = slot[0] * r;
+    }
+  }
+};
+
+// r and z as above
+// n = tanh(W_in x + b_in + W_hn (r * h) + b_hn)
+// h' = (1 - z) * n + z * h
+// Cho et al. 2014 as printed, with z and 1 - z in torch's places. Without an update gate z = 0. Slots: r | z | n.
+template <bool kUpdate>
+struct GRUBefore : Common {
+  static constexpr const char* kName = kUpdate ? "gru_before" : "gru_reset_before";
+  static constexpr const char* kSource =
+      kUpdate ? "Cho et al. 2014, Learning phrase representations; reset gate before the recurrent product"
+              : "Cho et al. 2014, Learning phrase representations, reset gate before the recurrent product; without "
+                "the update gate";
+  static constexpr int kGates = 2 + kUpdate, kSlots = kGates, kInput = 0, kRecurrent = 0, kLateGates = 1;
+  static constexpr int kInputGates[] = {0, 1, 2}, kRecurrentGates[] = {0, 1, 2};
+  static constexpr bool kHasCell = false;
+  static constexpr Hidden kHidden = Hidden::kSaved;
+  static constexpr int kN = kSlots - 1;
+
+  // From the pre-activation of r, which is replaced by r.
+  template <typename V>
+  static V late_input(V& slot, V h) {
+    slot = sigmoid(slot);
+    return recomputed_late_input(slot, h);
+  }
+  template <typename V>
+  static V recomputed_late_input(V r, V h) {
+    return r * h;
+  }
+
+  template <typename V>
+  static void forward(V (&slot)[kSlots], V h_prev, V, V& h, V&, const V*) {
+    h = slot[kN] = tanh(slot[kN]);
+    if constexpr (kUpdate) {
+      slot[1] = sigmoid(slot[1]);
+      h += slot[1] * (h_prev - h);
+    }
+  }
+
+  // All but r, which stays in slot 0.
+  template <typename V>
+  static void backward(V (&slot)[kSlots], V h_prev, V, V, V dh, V&, V& dh_prev, const V*) {
+    const V n = slot[kN];
+    V dn = dh;
+    dh_prev = V{};
+    if constexpr (kUpdate) {
+      const V z = slot[1];
+      dn = dh * (1 - z);
+      dh_prev = dh * z;
+      slot[1] = dh * (h_prev - n) * (z * (1 - z));
+    }
+    slot[kN] = dn * (1 - n * n);
+  }
+
+  // r's part, from the gradient of r * h; returns what reaches h through it.
+  template <typename V>
+  static V backward_late(V& slot, V h, V dlate) {
+    const V r = slot;
+    slot = dlate * h * (r * (1 - r));
+    return dlate * r;
   }
 };
 
 // i, f, o = sigmoid(W_i* x + b_i* + W_h* h + b_h*), g = tanh(W_ig x + b_ig + W_hg h + b_hg)
 // c' = f * c + i * g
 // h' = o * tanh(c')
-// Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000, no peepholes. torch's order i, f, g, o.
-struct LSTM {
-  static constexpr const char* kName = "lstm";
+// Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000; torch's order i, f, g, o. Coupled: f = 1 - i,
+// gates i, g, o (Greff et al. 2017). With peepholes (Gers et al. 2002) w_i * c and w_f * c join the sums of i and f,
+// and w_o * c' that of o.
+template <bool kPeephole, bool kCoupled>
+struct LSTM : Common {
+  static constexpr const char* kName =
+      kPeephole ? (kCoupled ? "lstm_coupled_peephole" : "lstm_peephole") : (kCoupled ? "lstm_coupled" : "lstm");
   static constexpr const char* kSource =
-      "Hochreiter & Schmidhuber 1997, Long short-term memory; forget gate of Gers et al. 2000, no peepholes";
-  static constexpr int kGates = 4, kSlots = 4, kInput = 0, kRecurrent = 0;
+      kPeephole ? (kCoupled ? "Greff et al. 2017, LSTM: a search space odyssey: CIFG, with peepholes"
+                            : "Gers et al. 2002, Learning precise timing with LSTM recurrent networks: peepholes")
+      : kCoupled
+          ? "Greff et al. 2017, LSTM: a search space odyssey: coupled input and forget gate; no peepholes"
+          : "Hochreiter & Schmidhuber 1997, Long short-term memory; forget gate of Gers et al. 2000, no peepholes";
+  static constexpr int kGates = 4 - kCoupled, kSlots = kGates, kInput = 0, kRecurrent = 0;
   static constexpr int kInputGates[] = {0, 1, 2, 3}, kRecurrentGates[] = {0, 1, 2, 3};
   static constexpr bool kHasCell = true;
   static constexpr Hidden kHidden = Hidden::kOfCell;
+  static constexpr int kI = 0, kF = 1, kG = 2 - kCoupled, kO = 3 - kCoupled;
+  static constexpr int kPeepholes = kPeephole ? 3 - kCoupled : 0;
+  static constexpr int kPeepholeSlots[] = {kI, kCoupled ? kO : kF, kO};
 
   template <typename V>
-  static void forward(V (&slot)[kSlots], V, V c_prev, V& h, V& c) {
-    const V i = sigmoid(slot[0]), f = sigmoid(slot[1]), g = tanh(slot[2]), o = sigmoid(slot[3]);
-    c = f * c_prev + i * g;
-    h = o * tanh(c);
-    slot[0] = i, slot[1] = f, slot[2] = g, slot[3] = o;
+  static V next_cell(const V (&slot)[kSlots], V c_prev) {
+    if constexpr (kCoupled)
+      return c_prev + slot[kI] * (slot[kG] - c_prev);
+    else
+      return slot[kF] * c_prev + slot[kI] * slot[kG];
+  }
+
+  template <typename V>
+  static void forward(V (&slot)[kSlots], V, V c_prev, V& h, V& c, const V* w) {
+    if constexpr (kPeephole) {
+      slot[kI] += w[0] * c_prev;
+      if constexpr (!kCoupled) slot[kF] += w[1] * c_prev;
+    }
+    slot[kI] = sigmoid(slot[kI]);
+    if constexpr (!kCoupled) slot[kF] = sigmoid(slot[kF]);
+    slot[kG] = tanh(slot[kG]);
+    c = next_cell(slot, c_prev);
+    if constexpr (kPeephole) slot[kO] += w[kPeepholes - 1] * c;
+    slot[kO] = sigmoid(slot[kO]);
+    h = output(slot, c);
   }
 
   template <typename V>
   static V output(const V (&slot)[kSlots], V c) {
-    return slot[3] * tanh(c);
+    return slot[kO] * tanh(c);
   }
 
   // dc: the gradient of c' from later steps on entry, that of c on exit.
   template <typename V>
-  static void backward(V (&slot)[kSlots], V, V c_prev, V c, V dh, V& dc, V& dh_prev) {
-    const V i = slot[0], f = slot[1], g = slot[2], o = slot[3];
+  static void backward(V (&slot)[kSlots], V, V c_prev, V c, V dh, V& dc, V& dh_prev, const V* w) {
+    const V i = slot[kI], g = slot[kG], o = slot[kO];
     const V tanh_c = tanh(c);
-    const V dc_total = dc + dh * o * (1 - tanh_c * tanh_c);
-    slot[0] = dc_total * g * (i * (1 - i));
-    slot[1] = dc_total * c_prev * (f * (1 - f));
-    slot[2] = dc_total * i * (1 - g * g);
-    slot[3] = dh * tanh_c * (o * (1 - o));
-    dc = dc_total * f;
+    slot[kO] = dh * tanh_c * (o * (1 - o));
+    V dc_total = dc + dh * o * (1 - tanh_c * tanh_c);
+    if constexpr (kPeephole) dc_total += slot[kO] * w[kPeepholes - 1];
+    if constexpr (kCoupled) {
+      slot[kI] = dc_total * (g - c_prev) * (i * (1 - i));
+      dc = dc_total * (1 - i);
+    } else {
+      const V f = slot[kF];
+      slot[kI] = dc_total * g * (i * (1 - i));
+      slot[kF] = dc_total * c_prev * (f * (1 - f));
+      dc = dc_total * f;
+      if constexpr (kPeephole) dc += slot[kF] * w[1];
+    }
+    if constexpr (kPeephole) dc += slot[kI] * w[0];
+    slot[kG] = dc_total * i * (1 - g * g);
     dh_prev = V{};
   }
 };
 
 // The list: `X(Cell)` for each. A new cell is a struct above and a word here.
-#define RNNFAST_FOR_EACH_CELL(X) X(RNN<true>) X(RNN<false>) X(GRU) X(LSTM)
+#define RNNFAST_FOR_EACH_CELL(X) \
+  X(RNN<true>)                   \
+  X(RNN<false>)                  \
+  X(PlainGRU)                    \
+  X(PlainLSTM)                   \
+  X(GRUBefore<true>) X(ResetGRU) X(GRUBefore<false>) X(UpdateGRU) X(PeepholeLSTM) X(CoupledLSTM) X(PeepholeCoupledLSTM)
+using PlainGRU = GRU<true, true>;
+using ResetGRU = GRU<true, false>;
+using UpdateGRU = GRU<false, true>;
+using PlainLSTM = LSTM<false, false>;
+using PeepholeLSTM = LSTM<true, false>;
+using CoupledLSTM = LSTM<false, true>;
+using PeepholeCoupledLSTM = LSTM<true, true>;
 
 }  // namespace RNNFAST_ISA
 }  // namespace rnnfast

@@ -23,7 +23,8 @@ using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using MaybeTensors = c10::List<std::optional<Tensor>>;
 
-constexpr int64_t kWeightsPerLayer = 5;  // weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
+// weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, and zoneout of h and of c, each [H].
+constexpr int64_t kWeightsPerLayer = 8;
 
 // The layers of a module, one direction, with the state between calls.
 class Stack {
@@ -35,10 +36,10 @@ class Stack {
                       kWeightsPerLayer, " for each layer, got ", weights.size());
     const int64_t layers = static_cast<int64_t>(weights.size()) / kWeightsPerLayer;
     for (int64_t l = 0; l < layers; ++l) {
-      std::vector<MaybeTensor> five;
-      for (int64_t i = 0; i < kWeightsPerLayer; ++i) five.push_back(weights.get(l * kWeightsPerLayer + i));
-      TORCH_CHECK_VALUE(five[0] && five[1], "weights: expected weight_ih and weight_hh of layer ", l, ", got None");
-      weights_.push_back(std::move(five));
+      std::vector<MaybeTensor> own;
+      for (int64_t i = 0; i < kWeightsPerLayer; ++i) own.push_back(weights.get(l * kWeightsPerLayer + i));
+      TORCH_CHECK_VALUE(own[0] && own[1], "weights: expected weight_ih and weight_hh of layer ", l, ", got None");
+      weights_.push_back(std::move(own));
     }
     h_.resize(layers), c_.resize(layers);
     set_state(h, c);
@@ -61,9 +62,9 @@ class Stack {
   // [T, N, I] or tokens [T, N] to [T, N, P].
   Tensor run(Tensor x) {
     for (size_t l = 0; l < weights_.size(); ++l) {
-      const auto& w = weights_[l];
-      auto [output, h, c] =
-          op_.call(x, h_[l], c_[l], *w[0], *w[1], w[2], w[3], w[4], std::nullopt, std::nullopt, std::nullopt, false);
+      const auto w = weights_for(l, x);
+      auto [output, h, c] = op_.call(x, h_[l], c_[l], *w[0], *w[1], w[2], w[3], w[4], std::nullopt, std::nullopt,
+                                     std::nullopt, false, w[5], std::nullopt, w[6], w[7]);
       x = std::move(output);
       h_[l] = std::move(h);
       c_[l] = c.dim() == 2 ? MaybeTensor(std::move(c)) : std::nullopt;
@@ -74,7 +75,7 @@ class Stack {
   // One step, [1, N, I] or tokens [1, N] to [1, N, P]; the result is written again by the next. After it, no `run`.
   Tensor step(Tensor x) {
     for (size_t l = 0; l < weights_.size(); ++l) {
-      if (l == steppers_.size()) steppers_.push_back(make_stepper(cell_, x, h_[l], c_[l], weights_[l]));
+      if (l == steppers_.size()) steppers_.push_back(make_stepper(cell_, x, h_[l], c_[l], weights_for(l, x)));
       x = steppers_[l]->step(x);
     }
     return x;
@@ -95,10 +96,19 @@ class Stack {
   }
 
  private:
+  // Those of layer l, zoneout expanded to the steps and sequences of x: [T, N, H].
+  std::vector<MaybeTensor> weights_for(size_t l, const Tensor& x) const {
+    std::vector<MaybeTensor> w = weights_[l];
+    for (const size_t i : {6, 7})
+      if (w[i]) w[i] = w[i]->expand({x.size(0), x.size(1), w[i]->size(-1)});
+    return w;
+  }
+
   using Op = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const MaybeTensor&, const MaybeTensor&, const Tensor&,
                                                 const Tensor&, const MaybeTensor&, const MaybeTensor&,
                                                 const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-                                                const MaybeTensor&, bool);
+                                                const MaybeTensor&, bool, const MaybeTensor&, const MaybeTensor&,
+                                                const MaybeTensor&, const MaybeTensor&);
   std::string cell_;
   c10::TypedOperatorHandle<Op> op_;
   std::vector<std::vector<MaybeTensor>> weights_;

@@ -1,7 +1,8 @@
 // The operators torch.ops.rnnfast.*: schemas, the one set of checks, allocation and autograd. at::Tensor ends here.
 //
 // For each cell four operators share one schema of inputs: `<cell>` (differentiable), `_<cell>_forward` (also returns
-// what backward needs), `_<cell>_backward` and `_<cell>_backward_factors` (per-sample gradients are made from these).
+// what backward needs), `_<cell>_backward` and `_<cell>_backward_factors` (per-sample gradients are made from these;
+// not for cells with late gates or peepholes, whose gradients are not such products).
 // One call is one layer in one direction over all steps. A cell with c has the first two once more, `<cell>_all_c` and
 // `_<cell>_all_c_forward`, which also return c of all steps. Fake kernels, the double backward and torch.func's
 // transforms are registered from Python (ops.py).
@@ -37,21 +38,30 @@ using MaybeTensor = std::optional<Tensor>;
 #define RNNFAST_ARGUMENTS                                                                                              \
   const Tensor &input, const MaybeTensor &h0, const MaybeTensor &c0, const Tensor &weight_ih, const Tensor &weight_hh, \
       const MaybeTensor &bias_ih, const MaybeTensor &bias_hh, const MaybeTensor &weight_hr,                            \
-      const MaybeTensor &batch_sizes, const MaybeTensor &lengths, const MaybeTensor &resets, bool reverse
-#define RNNFAST_PASS \
-  input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, lengths, resets, reverse
+      const MaybeTensor &batch_sizes, const MaybeTensor &lengths, const MaybeTensor &resets, bool reverse,             \
+      const MaybeTensor &weight_ch, const MaybeTensor &recurrent_mask, const MaybeTensor &zoneout_h,                   \
+      const MaybeTensor &zoneout_c
+#define RNNFAST_PASS                                                                                                  \
+  input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, lengths, resets, reverse, weight_ch, \
+      recurrent_mask, zoneout_h, zoneout_c
 
 constexpr const char* kSchemaArguments =
     "Tensor input, Tensor? h0, Tensor? c0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
-    "Tensor? weight_hr, Tensor? batch_sizes=None, Tensor? lengths=None, Tensor? resets=None, bool reverse=False";
-constexpr int kNumGradients = 8;  // input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
-constexpr int kFirstWeight = 3;
+    "Tensor? weight_hr, Tensor? batch_sizes=None, Tensor? lengths=None, Tensor? resets=None, bool reverse=False, "
+    "Tensor? weight_ch=None, Tensor? recurrent_mask=None, Tensor? zoneout_h=None, Tensor? zoneout_c=None";
+constexpr int kNumGradients = 9;  // input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch
+constexpr int kFirstWeight = 3, kNumFactors = 5;
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;                                // output, h_n, c_n
 using SavingOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // ... gates, cells, hidden
 using OutputsAllC = std::tuple<Tensor, Tensor, Tensor, Tensor>;                    // ... all_c
 using SavingOutputsAllC = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Factors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+bool has_factors(const CellInfo& cell) {
+  return cell.late_gates == 0 && cell.peepholes == 0;
+}
 
 bool has(const MaybeTensor& t) {
   return t.has_value() && t->defined();
@@ -154,12 +164,17 @@ class Call {
       check_shape("c0", *c0, {{"N", size_.N}, {"H", size_.H}});
     }
 
+    check_extras(weight_ih, weight_ch, recurrent_mask, zoneout_h, zoneout_c, has(weight_hr));
+
     dtype_ = weight_ih.scalar_type();
     compute_ = dtype_ == at::kDouble ? at::kDouble : at::kFloat;
     input_ = is_tokens_ ? input.contiguous() : rows(input);
     h0_ = dense(h0), c0_ = dense(c0);
     weight_ih_ = dense(weight_ih), weight_hh_ = dense(weight_hh);
     bias_ih_ = dense(bias_ih), bias_hh_ = dense(bias_hh), weight_hr_ = dense(weight_hr);
+    weight_ch_ = dense(weight_ch), recurrent_mask_ = dense(recurrent_mask);
+    if (has(zoneout_h)) zoneout_h_ = rows(*zoneout_h);
+    if (has(zoneout_c)) zoneout_c_ = rows(*zoneout_c);
   }
 
   // The last result, all_c, is there only where it is asked for.
@@ -182,7 +197,7 @@ class Call {
       };
       gates = saved(size_.H, cell_.slots);
       if (cell_.has_cell) cells = saved(size_.H, 1);
-      if (cell_.saves_hidden || weight_hr_.defined()) hidden = saved(size_.P, 1);
+      if (saves_hidden()) hidden = saved(size_.P, 1);
     }
     fill_rows();
     const auto run = [&](auto zero, const auto& driver) {
@@ -271,7 +286,7 @@ class Call {
     };
     check_saved("gates", gates, true, z.H, cell_.slots);
     check_saved("cells", cells, cell_.has_cell, z.H, 1);
-    check_saved("hidden", hidden, cell_.saves_hidden || weight_hr_.defined(), z.P, 1);
+    check_saved("hidden", hidden, saves_hidden(), z.P, 1);
 
     const auto options = input_.options().dtype(compute_);
     std::vector<int64_t> input_shape = outer_;
@@ -290,10 +305,11 @@ class Call {
         wanted(5, bias_ih_.defined(), {GH}),
         wanted(6, bias_ih_.defined(), {GH}),
         wanted(7, weight_hr_.defined(), {z.P, z.H}),
+        wanted(8, weight_ch_.defined(), {cell_.peepholes * z.H}),
     };
     if (factors) {
       const bool is_projected = weight_hr_.defined();
-      const std::array<int64_t, 5> units = {GH, GH, z.P, is_projected ? z.P : 0, is_projected ? z.H : 0};
+      const std::array<int64_t, kNumFactors> units = {GH, GH, z.P, is_projected ? z.P : 0, is_projected ? z.H : 0};
       for (size_t i = 0; i < units.size(); ++i) {
         std::vector<int64_t> shape = outer_;
         shape.push_back(units[i]);
@@ -318,7 +334,7 @@ class Call {
       p.dh0 = target(1, true), p.dc0 = target(2, cell_.has_cell);
       if (factors) {
         Rows<T>* rows[] = {&p.dgates_ih, &p.dgates_hh, &p.h_prev, &p.dprojected, &p.h_raw};
-        for (int i = 0; i < 5; ++i) {
+        for (int i = 0; i < kNumFactors; ++i) {
           Tensor& t = grad[kFirstWeight + i];
           *rows[i] = {t.template mutable_data_ptr<T>(), z.N * t.size(-1), t.size(-1)};
         }
@@ -326,6 +342,7 @@ class Call {
         p.dw_ih = target(3, true), p.dw_hh = target(4, true);
         p.db_ih = target(5, bias_ih_.defined()), p.db_hh = target(6, bias_ih_.defined());
         p.dw_hr = target(7, weight_hr_.defined());
+        p.dw_ch = target(8, weight_ch_.defined());
       }
       run_driver(p, driver.backward_scratch, driver.backward);
     };
@@ -335,6 +352,9 @@ class Call {
   }
 
  private:
+  bool saves_hidden() const {
+    return cell_.saves_hidden || weight_hr_.defined() || zoneout_h_.defined() || zoneout_c_.defined();
+  }
   std::string name() const { return std::string("rnnfast::") + cell_.name; }
   std::string what(const char* argument) const { return name() + ": " + argument + ": "; }
 
@@ -377,6 +397,35 @@ class Call {
     if (has(bias_ih)) check("bias_ih", *bias_ih);
     if (has(bias_hh)) check("bias_hh", *bias_hh);
     if (has(weight_hr)) check("weight_hr", *weight_hr);
+  }
+
+  // What plain calls do not have.
+  void check_extras(const Tensor& like, const MaybeTensor& weight_ch, const MaybeTensor& recurrent_mask,
+                    const MaybeTensor& zoneout_h, const MaybeTensor& zoneout_c, bool is_projected) const {
+    if (cell_.peepholes == 0 && !has(weight_ch) && !has(recurrent_mask) && !has(zoneout_h) && !has(zoneout_c)) return;
+    const auto check = [&](const char* argument, const MaybeTensor& t, const std::vector<Dim>& dims) {
+      if (!has(t)) return;
+      TORCH_CHECK_VALUE(t->layout() == at::kStrided, what(argument), "expected a dense tensor, got layout ",
+                        t->layout());
+      TORCH_CHECK_TYPE(t->scalar_type() == like.scalar_type(), what(argument), "expected the dtype of weight_ih, ",
+                       like.scalar_type(), ", got ", t->scalar_type());
+      TORCH_CHECK(t->device().is_cpu(), what(argument), "expected a CPU tensor, got one on ", t->device());
+      check_shape(argument, *t, dims);
+    };
+    const int64_t V = cell_.peepholes;
+    TORCH_CHECK_VALUE(
+        has(weight_ch) == (V > 0), what("weight_ch"),
+        V > 0 ? "expected the weights of the peepholes, [V*H], got None" : "this cell has no peepholes; expected None");
+    check("weight_ch", weight_ch, {{"V*H", V * size_.H}});
+    check("recurrent_mask", recurrent_mask, {{"N", size_.N}, {"P", size_.P}});
+    std::vector<Dim> steps = outer_dims_;
+    steps.push_back({"H", size_.H});
+    check("zoneout_h", zoneout_h, steps);
+    check("zoneout_c", zoneout_c, steps);
+    TORCH_CHECK_VALUE(cell_.has_cell || !has(zoneout_c), what("zoneout_c"),
+                      "this cell has no second state; expected None");
+    TORCH_CHECK_VALUE(!is_projected || !(has(zoneout_h) || has(zoneout_c)),
+                      what(has(zoneout_h) ? "zoneout_h" : "zoneout_c"), "not with weight_hr; expected None");
   }
 
   // Tokens index W_ih's columns: none may lie outside, or the driver would read and write foreign memory.
@@ -526,6 +575,8 @@ class Call {
     p.h0 = data<T>(h0_), p.c0 = data<T>(c0_);
     p.w_ih = data<T>(weight_ih_), p.w_hh = data<T>(weight_hh_);
     p.b_ih = data<T>(bias_ih_), p.b_hh = data<T>(bias_hh_), p.w_hr = data<T>(weight_hr_);
+    p.w_ch = data<T>(weight_ch_), p.recurrent_mask = data<T>(recurrent_mask_);
+    p.keep_h = view<T>(zoneout_h_), p.keep_c = view<T>(zoneout_c_);
     return p;
   }
 
@@ -559,7 +610,8 @@ class Call {
   std::vector<int64_t> outer_;
   std::vector<Dim> outer_dims_;
   Tensor batch_sizes_, lengths_, resets_;
-  Tensor input_, h0_, c0_, weight_ih_, weight_hh_, bias_ih_, bias_hh_, weight_hr_;
+  Tensor input_, h0_, c0_, weight_ih_, weight_hh_, bias_ih_, bias_hh_, weight_hr_, weight_ch_;
+  Tensor recurrent_mask_, zoneout_h_, zoneout_c_;
   Tensor output_, scratch_;  // of step()
   std::vector<int64_t> active_, first_row_, order_;
 };
@@ -592,15 +644,20 @@ class Members {
     };
     TORCH_CHECK_VALUE(count_ > 0, name, ": weight_ih: expected at least one member, got ", weight_ih.sizes());
     check("weight_hh", weight_hh, 3), check("weight_hr", weight_hr, 3);
-    check("bias_ih", bias_ih, 2), check("bias_hh", bias_hh, 2);
+    check("bias_ih", bias_ih, 2), check("bias_hh", bias_hh, 2), check("weight_ch", weight_ch, 2);
     const int64_t dim = is_tokens_ ? -1 : -2;
     TORCH_CHECK_VALUE(input.dim() >= -dim && input.size(dim) % count_ == 0, name,
                       ": input: expected a number of sequences that E = ", count_, " members divide, got ",
                       input.sizes());
-    for (const auto* state : {&h0, &c0})
-      if (has(*state))
-        TORCH_CHECK_VALUE((*state)->dim() == 2 && (*state)->size(0) % count_ == 0, name, state == &h0 ? ": h0" : ": c0",
-                          ": expected 2 dimensions, the first a multiple of E = ", count_, ", got ", (*state)->sizes());
+    const auto check_sequences = [&](const char* argument, const MaybeTensor& t, bool is_state) {
+      if (!has(t)) return;
+      TORCH_CHECK_VALUE((is_state ? t->dim() == 2 : t->dim() >= 2) && t->size(-2) % count_ == 0, name, ": ", argument,
+                        ": expected ", is_state ? "2 dimensions, the first" : "2 or 3 dimensions, the last but one",
+                        " a multiple of E = ", count_, ", got ", t->sizes());
+    };
+    check_sequences("h0", h0, true), check_sequences("c0", c0, true);
+    check_sequences("recurrent_mask", recurrent_mask, true);
+    check_sequences("zoneout_h", zoneout_h, false), check_sequences("zoneout_c", zoneout_c, false);
     if (has(lengths))
       TORCH_CHECK_VALUE(lengths->dim() == 1 && lengths->size(0) % count_ == 0, name,
                         ": lengths: expected 1 dimension, a multiple of E = ", count_, ", got ", lengths->sizes());
@@ -617,7 +674,8 @@ class Members {
                         ": batch_sizes: expected multiples of E = ", count_);
       batch_sizes_ = batch_sizes->floor_divide(count_);
     }
-    tensors_ = {input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, resets};
+    tensors_ = {input,     h0,        c0,      weight_ih, weight_hh,      bias_ih,   bias_hh,
+                weight_hr, weight_ch, lengths, resets,    recurrent_mask, zoneout_h, zoneout_c};
   }
 
   SavingOutputsAllC forward(bool save, bool with_all_c) const {
@@ -686,12 +744,14 @@ class Members {
 
   template <typename F>
   void each(bool backward, const F& run) const {
-    const auto& [input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, lengths, resets] = tensors_;
+    const auto& [input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, lengths, resets,
+                 recurrent_mask, zoneout_h, zoneout_c] = tensors_;
     const auto member = [&](int64_t e) {
       const auto own = [e](const MaybeTensor& t) { return has(t) ? MaybeTensor(t->select(0, e)) : std::nullopt; };
       return Call(index_, *every(input, is_tokens_ ? -1 : -2, e), every(h0, 0, e), every(c0, 0, e),
                   weight_ih->select(0, e), weight_hh->select(0, e), own(bias_ih), own(bias_hh), own(weight_hr),
-                  batch_sizes_, every(lengths, 0, e), every(resets, 1, e), reverse_);
+                  batch_sizes_, every(lengths, 0, e), every(resets, 1, e), reverse_, own(weight_ch),
+                  every(recurrent_mask, -2, e), every(zoneout_h, -2, e), every(zoneout_c, -2, e));
     };
     const auto range = [&](int64_t begin, int64_t end) {
       at::AutoDispatchBelowADInplaceOrView below;  // other threads do not know where this one stands
@@ -719,15 +779,17 @@ class Members {
   const int64_t count_;
   const bool is_tokens_, reverse_;
   MaybeTensor batch_sizes_;
-  std::array<MaybeTensor, 10> tensors_;
+  std::array<MaybeTensor, 14> tensors_;  // those with a gradient first
 };
 
 // ---- dispatcher ----
 
 using ForwardOp = SavingOutputs(RNNFAST_ARGUMENTS);
-using BackwardOp = Gradients(const MaybeTensor& grad_output, const MaybeTensor& grad_h_n, const MaybeTensor& grad_c_n,
-                             RNNFAST_ARGUMENTS, const Tensor& gates, const Tensor& cells, const Tensor& hidden,
-                             std::array<bool, kNumGradients> needs, const MaybeTensor& grad_all_c);
+#define RNNFAST_BACKWARD_ARGUMENTS                                                                             \
+  const MaybeTensor &grad_output, const MaybeTensor &grad_h_n, const MaybeTensor &grad_c_n, RNNFAST_ARGUMENTS, \
+      const Tensor &gates, const Tensor &cells, const Tensor &hidden, std::array<bool, kNumGradients> needs,   \
+      const MaybeTensor &grad_all_c
+using BackwardOp = Gradients(RNNFAST_BACKWARD_ARGUMENTS);
 using CellOp = Outputs(RNNFAST_ARGUMENTS);
 using ForwardAllCOp = SavingOutputsAllC(RNNFAST_ARGUMENTS);
 using CellAllCOp = OutputsAllC(RNNFAST_ARGUMENTS);
@@ -773,7 +835,8 @@ class Autograd : public torch::autograd::Function<Autograd> {
     }();
     const auto maybe = [](const MaybeTensor& t) { return has(t) ? *t : Tensor(); };
     ctx->save_for_backward({input, maybe(h0), maybe(c0), weight_ih, weight_hh, maybe(bias_ih), maybe(bias_hh),
-                            maybe(weight_hr), maybe(batch_sizes), maybe(lengths), maybe(resets), gates, cells, hidden});
+                            maybe(weight_hr), maybe(batch_sizes), maybe(lengths), maybe(resets), gates, cells, hidden,
+                            maybe(weight_ch), maybe(recurrent_mask), maybe(zoneout_h), maybe(zoneout_c)});
     ctx->saved_data["index"] = index;
     ctx->saved_data["reverse"] = reverse;
     ctx->set_materialize_grads(false);
@@ -787,18 +850,23 @@ class Autograd : public torch::autograd::Function<Autograd> {
     const auto maybe = [](const Tensor& t) { return t.defined() ? MaybeTensor(t) : std::nullopt; };
     // Only tensors that were given have an edge; edges are numbered in argument order.
     std::array<bool, kNumGradients> needs{};
+    constexpr int kLast = kNumGradients - 1, kSavedLast = 14;  // weight_ch, saved after hidden
     size_t edge = 0;
-    for (int i = 0; i < kNumGradients; ++i)
+    for (int i = 0; i < kLast; ++i)
       if (saved[i].defined()) needs[i] = ctx->needs_input_grad(edge++);
-    constexpr int kFirst = 2;  // index, with_all_c, then the arguments
-    variable_list result(kFirst + kNumGradients + 4);
+    for (int i = kLast; i < kLast + 3; ++i) edge += saved[i].defined();  // batch_sizes, lengths, resets
+    if (saved[kSavedLast].defined()) needs[kLast] = ctx->needs_input_grad(edge);
+    constexpr int kFirst = 2;               // index, with_all_c, then the arguments
+    constexpr int kPosition = kFirst + 12;  // of weight_ch
+    variable_list result(kFirst + 16);
     if (std::none_of(grad.begin(), grad.end(), [](const Tensor& g) { return g.defined(); })) return result;
     const auto call = [&] {
       return Operators::of(ctx->saved_data["index"].toInt())
           .backward.call(maybe(grad[0]), maybe(grad[1]), maybe(grad[2]), saved[0], maybe(saved[1]), maybe(saved[2]),
                          saved[3], saved[4], maybe(saved[5]), maybe(saved[6]), maybe(saved[7]), maybe(saved[8]),
-                         maybe(saved[9]), maybe(saved[10]), ctx->saved_data["reverse"].toBool(), saved[11], saved[12],
-                         saved[13], needs, grad.size() > 3 ? maybe(grad[3]) : std::nullopt);
+                         maybe(saved[9]), maybe(saved[10]), ctx->saved_data["reverse"].toBool(), maybe(saved[14]),
+                         maybe(saved[15]), maybe(saved[16]), maybe(saved[17]), saved[11], saved[12], saved[13], needs,
+                         grad.size() > 3 ? maybe(grad[3]) : std::nullopt);
     };
     // With create_graph the call is itself differentiable (ops.py); else autograd is skipped.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below;
@@ -807,7 +875,7 @@ class Autograd : public torch::autograd::Function<Autograd> {
     std::apply(
         [&](const auto&... g) {
           int i = 0;
-          ((result[kFirst + i] = needs[i] ? g : Tensor(), ++i), ...);
+          ((result[i < kLast ? kFirst + i : kPosition] = needs[i] ? g : Tensor(), ++i), ...);
         },
         gradients);
     return result;
@@ -821,7 +889,8 @@ bool requires_grad(const MaybeTensor& t) {
 bool any_requires_grad(RNNFAST_ARGUMENTS) {
   return at::GradMode::is_enabled() &&
          (input.requires_grad() || requires_grad(h0) || requires_grad(c0) || weight_ih.requires_grad() ||
-          weight_hh.requires_grad() || requires_grad(bias_ih) || requires_grad(bias_hh) || requires_grad(weight_hr));
+          weight_hh.requires_grad() || requires_grad(bias_ih) || requires_grad(bias_hh) || requires_grad(weight_hr) ||
+          requires_grad(weight_ch));
 }
 
 Outputs autograd_cell(int64_t index, RNNFAST_ARGUMENTS) {
@@ -871,7 +940,8 @@ std::unique_ptr<Stepper> make_stepper(const std::string& cell, const Tensor& inp
   TORCH_CHECK_VALUE(found != end, "cell: expected one of this build, got ", cell);
   return std::make_unique<CallStepper>(Call(static_cast<int>(found - table.cells), input, h0, c0, *weights.at(0),
                                             *weights.at(1), weights.at(2), weights.at(3), weights.at(4), std::nullopt,
-                                            std::nullopt, std::nullopt, false));
+                                            std::nullopt, std::nullopt, false, weights.at(5), std::nullopt,
+                                            weights.at(6), weights.at(7)));
 }
 
 TORCH_LIBRARY(rnnfast, m) {
@@ -898,13 +968,14 @@ TORCH_LIBRARY(rnnfast, m) {
       for (size_t at; (at = required.find(value)) != std::string::npos;) required.erase(at, std::string(value).size());
     const std::string backward_arguments =
                           "(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, " + required +
-                          ", Tensor gates, Tensor cells, Tensor hidden, bool[8] needs, Tensor? grad_all_c=None)",
+                          ", Tensor gates, Tensor cells, Tensor hidden, bool[9] needs, Tensor? grad_all_c=None)",
                       states = " -> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, ";
     m.def(("_" + name + "_backward" + backward_arguments + states +
            "Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, Tensor grad_bias_hh, "
-           "Tensor grad_weight_hr)")
+           "Tensor grad_weight_hr, Tensor grad_weight_ch)")
               .c_str(),
           tags);
+    if (!has_factors(table.cells[i])) continue;
     m.def(("_" + name + "_backward_factors" + backward_arguments + states +
            "Tensor grad_gates_ih, Tensor grad_gates_hh, Tensor h_prev, Tensor grad_projected, Tensor h_raw)")
               .c_str(),
@@ -933,17 +1004,20 @@ TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
       m.impl(("_" + name + "_all_c_forward").c_str(),
              [i](RNNFAST_ARGUMENTS) { return run_forward(i, true, true, RNNFAST_PASS); });
     }
-    for (const bool factors : {false, true})
-      m.impl(("_" + name + (factors ? "_backward_factors" : "_backward")).c_str(),
-             [i, factors](const MaybeTensor& grad_output, const MaybeTensor& grad_h_n, const MaybeTensor& grad_c_n,
-                          RNNFAST_ARGUMENTS, const Tensor& gates, const Tensor& cells, const Tensor& hidden,
-                          std::array<bool, kNumGradients> needs, const MaybeTensor& grad_all_c) {
-               if (weight_ih.dim() == 3 && !factors)
-                 return Members(i, RNNFAST_PASS)
-                     .backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c);
-               return Call(i, RNNFAST_PASS)
-                   .backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c, factors);
-             });
+    m.impl(("_" + name + "_backward").c_str(), [i](RNNFAST_BACKWARD_ARGUMENTS) {
+      if (weight_ih.dim() == 3)
+        return Members(i, RNNFAST_PASS)
+            .backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c);
+      return Call(i, RNNFAST_PASS)
+          .backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c, false);
+    });
+    if (!has_factors(table.cells[i])) continue;
+    m.impl(("_" + name + "_backward_factors").c_str(), [i](RNNFAST_BACKWARD_ARGUMENTS) {
+      auto [dinput, dh0, dc0, gates_ih, gates_hh, h_prev, projected, h_raw, none] =
+          Call(i, RNNFAST_PASS)
+              .backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c, true);
+      return Factors(dinput, dh0, dc0, gates_ih, gates_hh, h_prev, projected, h_raw);
+    });
   }
 }
 

@@ -25,6 +25,8 @@ struct CellInfo {
   int gates, slots;
   bool has_cell;      // a second state, c
   bool saves_hidden;  // backward needs a copy of h
+  int late_gates;     // of the gates, those whose recurrent product is not of h alone (cells.h)
+  int peepholes;      // vectors of weights by which gates see c
 };
 
 // Memory outside the driver whose row for sequence n at step t is data + t * step + n * row, unit stride inside.
@@ -80,13 +82,16 @@ struct SequenceParams {
   const T *h0, *c0;                    // [N, P], [N, H]
   const T *w_ih, *w_hh, *b_ih, *b_hh;  // [G*H, I], [G*H, P], [G*H], [G*H]
   const T* w_hr;                       // [P, H]
+  const T* w_ch;                       // [peepholes, H]
+  const T* recurrent_mask;             // [N, P] multiplies h where it enters the recurrent product
+  Rows<const T> keep_h, keep_c;        // [T, N, H] the share of the old state that stays (zoneout); not if projected
 
   Rows<T> output;  // [T, N, P], = ; forward only
   Rows<T> all_c;   // [T, N, H], = ; forward only
   T *h_n, *c_n;    // [N, P], [N, H], =
   T* gates;        // [R, blocks(H), slots, kBlock], kept for backward
   T* cells;        // [R, blocks(H) * kBlock], kept for backward by cells with c
-  T* hidden;       // [R, blocks(P) * kBlock], kept for backward where saves_hidden or projected
+  T* hidden;       // [R, blocks(P) * kBlock], kept for backward where saves_hidden, projected, keep_h or keep_c
 
   // backward; each gradient is written with =, none is read
   Rows<const T> doutput;                     // [T, N, P]
@@ -95,6 +100,7 @@ struct SequenceParams {
   Rows<T> dinput;                            // [T, N, I]
   T *dh0, *dc0;                              // [N, P], [N, H]
   T *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;  // as the weights
+  T* dw_ch;
   // The factors of the weight gradients, for who sums their products over some of the rows only (one sequence, say):
   // dW_ih = dgates_ih^T x, dW_hh = dgates_hh^T h_prev, dW_hr = dprojected^T h_raw over all rows. Torch's gate order.
   Rows<T> dgates_ih, dgates_hh;  // [T, N, G*H]

@@ -36,8 +36,8 @@ def _describe() -> None:
         print(f"{name:<16}{value}")
 
 
-def _arguments(gates: int, states: int, shape: tuple[int, int, int, int]) -> list[Tensor | None]:
-    """The op's first eight arguments, in float64."""
+def _arguments(gates: int, states: int, peepholes: int, shape: tuple[int, int, int, int]) -> list[Tensor | None]:
+    """The op's first eight arguments and weight_ch, in float64."""
     steps, batch, inputs, hidden = shape
     generator = torch.Generator().manual_seed(0)
 
@@ -53,6 +53,7 @@ def _arguments(gates: int, states: int, shape: tuple[int, int, int, int]) -> lis
         uniform(gates * hidden),
         uniform(gates * hidden),
         None,
+        uniform(peepholes * hidden) if peepholes else None,
     ]
 
 
@@ -60,17 +61,17 @@ def _evaluate(op: object, arguments: list[Tensor | None], dtype: torch.dtype, re
     """Outputs, then the gradients of one loss that mixes all of them."""
     assert callable(op)
     leaves = [None if tensor is None else tensor.to(dtype).requires_grad_() for tensor in arguments]
-    outputs = [out for out in op(*leaves, None, None, None, reverse) if out.requires_grad]
+    outputs = [out for out in op(*leaves[:8], None, None, None, reverse, leaves[8]) if out.requires_grad]
     loss = torch.stack([(out.double() * (1 + out.detach().double().cos())).sum() for out in outputs]).sum()
     gradients = torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None])
     return [tensor.detach().double() for tensor in (*outputs, *gradients)]
 
 
-def _check(cell: str, gates: int, states: int) -> tuple[float, int]:
+def _check(cell: str, gates: int, states: int, peepholes: int) -> tuple[float, int]:
     """The largest error over the tolerance (good up to 1), and the number of comparisons; for the present ISA."""
     worst, count = 0.0, 0
     for shape in _SHAPES:
-        arguments = _arguments(gates, states, shape)
+        arguments = _arguments(gates, states, peepholes, shape)
         for reverse in (False, True):
             exact = _evaluate(getattr(reference, cell), arguments, torch.float64, reverse)
             for dtype, tolerance in _TOLERANCES.items():
@@ -90,10 +91,10 @@ def main() -> int:
     for isa in rnnfast.supported_isas():
         rnnfast.set_isa(isa)
         for cell in _C.cells():
-            worst, count = _check(cell["name"], cell["num_gates"], cell["num_states"])
+            worst, count = _check(cell["name"], cell["num_gates"], cell["num_states"], cell["num_peepholes"])
             failures += not worst <= 1
             print(
-                f"{'ok    ' if worst <= 1 else 'FAILED'}  {cell['name']:<9} {isa:<9} forward and gradient, "
+                f"{'ok    ' if worst <= 1 else 'FAILED'}  {cell['name']:<21} {isa:<9} forward and gradient, "
                 f"{count} comparisons, largest error {worst:.2f} of the tolerance"
             )
     rnnfast.set_isa(before)

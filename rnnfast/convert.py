@@ -224,6 +224,9 @@ def _rebased(cls: type, base: type) -> type:
 def _reverted(module: torch.nn.Module, cls: type) -> type | None:
     if not isinstance(module, tuple(_STOCK)):
         return None
+    options = modules._options_beyond_torch(module)
+    if options:
+        raise _Left(f"torch.nn has no {options}")
     return _without_our_base(cls, parametrize.is_parametrized(module))
 
 

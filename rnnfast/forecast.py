@@ -160,9 +160,9 @@ class RNNAutoRegression(nn.Module):
                     None if part is None else part.repeat(*[1] * (part.dim() - 2), num_paths, 1)
                     for part in (head, window, h, c)
                 )
-            weights = [w for names in rnn._all_weights for w in modules._weights(rnn, names, rnn.bias, rnn.proj_size)]
+            weights = modules._loop_weights(rnn)
             mean, scale = torch.ops.rnnfast._forecast.default(
-                modules._CELL_OF_MODE[rnn.mode],
+                modules._cell_of(rnn),
                 window,
                 head,
                 h,

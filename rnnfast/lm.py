@@ -441,7 +441,8 @@ class RNNLM(nn.Module):
 
     def _look_up(self, tokens: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
         """What ``rnn(one_hot(tokens), state)`` gives, without the one-hot rows."""
-        rnn, mode = self.rnn, self.rnn.mode
+        rnn: Any = self.rnn
+        mode = rnn.mode
         steps = tokens.unsqueeze(1) if tokens.dim() == 1 else tokens.t() if rnn.batch_first else tokens
         ndim = tokens.dim() + 1
         names = ("hidden[0]", "hidden[1]") if mode == "LSTM" else ("hidden",)
@@ -571,12 +572,10 @@ class RNNLM(nn.Module):
     def _write(self, progress: _Progress, num_tokens: int, choice: tuple[Any, ...]) -> tuple[Tensor, _Progress]:
         """New tokens ``[steps, N]``, and what is known after them."""
         rnn = self.rnn
-        weights = [
-            weight for names in rnn._all_weights for weight in modules._weights(rnn, names, rnn.bias, rnn.proj_size)
-        ]
+        weights = modules._loop_weights(rnn)
         embedding = None if self.embedding is None else self.embedding.weight
         tokens, scores, h, c, finished = torch.ops.rnnfast._generate.default(
-            modules._CELL_OF_MODE[rnn.mode],
+            modules._cell_of(rnn),
             progress.scores,
             *progress.states,
             weights,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn, TypeVar, overload
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -30,24 +30,51 @@ __all__ = ["GRU", "LSTM", "RNN", "Explanation", "GRUCell", "LSTMCell", "LayerPla
 _States = tuple[Tensor, Tensor]
 _Lengths = Tensor | Sequence[int]
 _Op = Callable[..., tuple[Tensor, Tensor, Tensor]]
+_Layer: TypeAlias = "RNN | GRU | LSTM"
 
 _CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "GRU": "gru", "LSTM": "lstm"}
-_OP_OF_MODE: dict[str, _Op] = {mode: getattr(torch.ops.rnnfast, cell).default for mode, cell in _CELL_OF_MODE.items()}
-_LSTM_OP, _GRU_OP = _OP_OF_MODE["LSTM"], _OP_OF_MODE["GRU"]
-_LSTM_ALL_C_OP: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = torch.ops.rnnfast.lstm_all_c.default
-_RNN_OP_OF_NONLINEARITY = {"tanh": _OP_OF_MODE["RNN_TANH"], "relu": _OP_OF_MODE["RNN_RELU"]}
+# A GRU by reset_after and gates.
+_CELL_OF_GRU = {
+    (True, "both"): "gru",
+    (False, "both"): "gru_before",
+    (True, "reset"): "gru_reset",
+    (False, "reset"): "gru_reset_before",
+    (True, "update"): "gru_update",
+}
+_OPTIONS = ("reset_after", "gates", "peephole", "coupled", "zoneout", "recurrent_dropout")  # that torch.nn has not
+
+
+class _Kernel(NamedTuple):
+    """What runs a cell: its op, that which also returns c of all steps (of a cell that has it), its weights."""
+
+    op: _Op
+    all_c_op: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None
+    num_gates: int
+    num_peepholes: int
+
+    @classmethod
+    def of(cls, cell: dict[str, Any]) -> _Kernel:
+        ops, name = torch.ops.rnnfast, cell["name"]
+        all_c_op = getattr(ops, f"{name}_all_c").default if cell["num_states"] == 2 else None
+        return cls(getattr(ops, name).default, all_c_op, cell["num_gates"], cell["num_peepholes"])
+
+
+# By the name of the cell, and for torch.nn's own by the mode too.
+_KERNELS = {cell["name"]: _Kernel.of(cell) for cell in _C.cells()}
+_KERNELS |= {mode: _KERNELS[cell] for mode, cell in _CELL_OF_MODE.items()}
+_LSTM_OP, _GRU_OP = _KERNELS["LSTM"].op, _KERNELS["GRU"].op
+_RNN_OP_OF_NONLINEARITY = {"tanh": _KERNELS["RNN_TANH"].op, "relu": _KERNELS["RNN_RELU"].op}
 _any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 # torch.nn's own classes, also while patch_torch() has put ours in their place.
 _TorchRNN, _TorchGRU, _TorchLSTM = torch.nn.RNN, torch.nn.GRU, torch.nn.LSTM
 _TorchRNNCell, _TorchGRUCell, _TorchLSTMCell = torch.nn.RNNCell, torch.nn.GRUCell, torch.nn.LSTMCell
-_NUM_GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "GRU": 3, "LSTM": 4}
 
 
 # --- The way of a call through RNN, GRU and LSTM ----------------------------------------------------------------------
 
 
 def _forward(
-    layer: torch.nn.RNNBase, input: Any, hx: Any, resets: Any, lengths: Any, return_cells: bool = False
+    layer: _Layer, input: Any, hx: Any, resets: Any, lengths: Any, return_cells: bool = False
 ) -> tuple[Any, ...]:
     """All of ``forward`` for the three layers: layers times directions, one op call each."""
     mode = layer.mode
@@ -153,7 +180,7 @@ def _forward(
 
 
 def _run_layers(
-    layer: torch.nn.RNNBase,
+    layer: _Layer,
     steps: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -167,9 +194,10 @@ def _run_layers(
     batch_sizes, lengths and resets; gives output with last dimension ``D*P``, h_n like h0, c_n like c0 or, for a cell
     with one state, None, and with ``return_cells`` the last layer's c of all steps, last dimension ``D*H``, else None.
     """
-    mode = layer.mode
-    op = _OP_OF_MODE[mode]
-    gate_size = _NUM_GATES[mode] * layer.hidden_size
+    op, all_c_op, num_gates, num_peepholes = _KERNELS[layer._variant or layer.mode]
+    is_special = num_peepholes or layer.zoneout or layer.recurrent_dropout
+    extras: tuple[Tensor | None, ...] = ()
+    gate_size = num_gates * layer.hidden_size
     directions = 2 if layer.bidirectional else 1
     dropout = layer.dropout if layer.training else 0.0
     no_states = (None,) * len(weights)
@@ -187,11 +215,14 @@ def _run_layers(
                 five = weights[d]
                 if five[1].shape[0] != gate_size:  # the op cannot know hidden_size: it would take the weights' word
                     _refuse_weights(layer)
+                if is_special:
+                    extras = _extras(layer, d, steps, bounds[0], five[1])
                 if wants_cells:
-                    output, h_n, c_n, all_c = _LSTM_ALL_C_OP(steps, h0s[d], c0s[d], *five, *bounds, d > i)
+                    assert all_c_op is not None
+                    output, h_n, c_n, all_c = all_c_op(steps, h0s[d], c0s[d], *five, *bounds, d > i, *extras)
                     cells.append(all_c)
                 else:
-                    output, h_n, c_n = op(steps, h0s[d], c0s[d], *five, *bounds, d > i)
+                    output, h_n, c_n = op(steps, h0s[d], c0s[d], *five, *bounds, d > i, *extras)
                 outputs.append(output)
                 h_ns.append(h_n)
                 c_ns.append(c_n)
@@ -201,8 +232,60 @@ def _run_layers(
         raise
     all_cells = None if not return_cells else cells[0] if directions == 1 else torch.cat(cells, -1)
     if len(h_ns) == 1:
-        return steps, h_n.unsqueeze(0), c_n.unsqueeze(0) if op is _LSTM_OP else None, all_cells
-    return steps, torch.stack(h_ns), torch.stack(c_ns) if op is _LSTM_OP else None, all_cells
+        return steps, h_n.unsqueeze(0), None if all_c_op is None else c_n.unsqueeze(0), all_cells
+    return steps, torch.stack(h_ns), None if all_c_op is None else torch.stack(c_ns), all_cells
+
+
+def _extras(
+    layer: _Layer, d: int, steps: Tensor, batch_sizes: Tensor | None, weight_hh: Tensor
+) -> tuple[Tensor | None, ...]:
+    """What plain calls do not have: weight_ch, recurrent_mask, zoneout_h and zoneout_c of direction ``d`` of all.
+
+    Masks are drawn from torch's generator, first that of recurrent dropout, then of h, then of c.
+    """
+    weight_ch = recurrent_mask = None
+    if _KERNELS[layer._variant or layer.mode].num_peepholes:
+        weight_ch = getattr(layer, _peephole_name(layer, d))
+        if _any_autocast():  # cast as the other weights were
+            weight_ch = _cast(weight_ch, weight_hh.dtype)
+    if layer.recurrent_dropout and layer.training:
+        batch = steps.shape[1] if batch_sizes is None else int(batch_sizes[0])
+        ones = weight_hh.new_ones(batch, weight_hh.shape[1])
+        recurrent_mask = torch.dropout(ones, layer.recurrent_dropout, True)
+    rows = steps.shape if steps.dtype == torch.int64 else steps.shape[:-1]
+    shape = (*rows, layer.hidden_size)
+    masks: list[Tensor | None] = []
+    for probability in _zoneouts(layer):
+        if not probability:
+            masks.append(None)
+        elif layer.training:
+            masks.append(weight_hh.new_empty(shape).bernoulli_(probability))
+        else:
+            masks.append(weight_hh.new_full(shape[-1:], probability).expand(shape))
+    return weight_ch, recurrent_mask, *masks
+
+
+def _zoneouts(layer: Any) -> tuple[float, float]:
+    """The probabilities for h and for c; torch.nn's own layers have none."""
+    zoneout = getattr(layer, "zoneout", 0.0)
+    if isinstance(zoneout, tuple):
+        return zoneout
+    return zoneout, zoneout if layer.mode == "LSTM" else 0.0
+
+
+def _peephole_name(layer: _Layer, d: int) -> str:
+    return f"weight_ch{layer._all_weights[d][0].removeprefix('weight_ih')}"
+
+
+def _loop_weights(layer: Any) -> list[Tensor | None]:
+    """All that the loops of ``csrc/generate.cpp`` take of each layer, which run as in evaluation."""
+    found: list[Tensor | None] = []
+    for d, names in enumerate(layer._all_weights):
+        five = _weights(layer, names, layer.bias, layer.proj_size)
+        name = _peephole_name(layer, d)
+        zoneouts = [five[1].new_full((layer.hidden_size,), z) if z else None for z in _zoneouts(layer)]
+        found += [*five, getattr(layer, name, None), *zoneouts]
+    return found
 
 
 def _weights(layer: torch.nn.RNNBase, names: Sequence[str], bias: bool, proj_size: int) -> tuple[Any, ...]:
@@ -406,9 +489,9 @@ def _refuse_state_dtype(mode: str, input: Tensor, h0: Tensor | None, c0: Tensor 
     )
 
 
-def _refuse_weights(layer: torch.nn.RNNBase) -> None:
+def _refuse_weights(layer: _Layer) -> None:
     """Raise for the first parameter that does not fit the layer's own sizes, dtype and device; else return."""
-    gate_size = _NUM_GATES[layer.mode] * layer.hidden_size
+    gate_size = _KERNELS[layer._variant or layer.mode].num_gates * layer.hidden_size
     state_size = layer.proj_size or layer.hidden_size
     directions = 2 if layer.bidirectional else 1
     for i, names in enumerate(layer._all_weights):
@@ -420,6 +503,10 @@ def _refuse_weights(layer: torch.nn.RNNBase) -> None:
             "bias_hh": (gate_size,),
             "weight_hr": (state_size, layer.hidden_size),
         }
+        num_peepholes = _KERNELS[layer._variant or layer.mode].num_peepholes
+        if num_peepholes:
+            shapes["weight_ch"] = (num_peepholes * layer.hidden_size,)
+            names = [*names, _peephole_name(layer, i)]
         for name in names:
             _refuse_weight(_kind(layer.mode), name, getattr(layer, name), shapes[name.rpartition("_l")[0]])
     first_name = layer._all_weights[0][0]
@@ -562,6 +649,9 @@ _Module = TypeVar("_Module", bound=torch.nn.Module)
 
 def _as_stock(module: torch.nn.Module, stock: type[_Module]) -> _Module:
     """A module of class ``stock`` with ``module``'s state; parameters and hooks are shared, containers are not."""
+    options = _options_beyond_torch(module)
+    if options:
+        raise ValueError(f"{type(module).__name__}: torch.nn.{stock.__name__} has no {options}")
     cls: type[_Module] = stock
     if torch.nn.utils.parametrize.is_parametrized(module):
         # parametrize gives a module a class of its own that holds the parametrized names as properties.
@@ -575,6 +665,73 @@ def _as_stock(module: torch.nn.Module, stock: type[_Module]) -> _Module:
         }
     )
     return twin
+
+
+# --- The cells that torch.nn has not ----------------------------------------------------------------------------------
+
+
+def _options_beyond_torch(module: torch.nn.Module) -> str:
+    """What a module has that torch.nn cannot express, as it would be said to the constructor; empty for nothing."""
+    given = {name: vars(module)[name] for name in _OPTIONS if name in vars(module)}
+    return ", ".join(f"{name}={value!r}" for name, value in given.items() if value != getattr(type(module), name))
+
+
+def _probability(kind: str, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{kind}: {name} should be a number in range [0, 1], got: {value!r}")
+    return float(value)
+
+
+def _set_options(layer: _Layer, **options: Any) -> None:
+    """Set those that are not their class's default, which alone may be found on the object."""
+    for name, value in options.items():
+        if value != getattr(type(layer), name):
+            setattr(layer, name, value)
+
+
+def _set_masks(layer: _Layer, zoneout: Any, recurrent_dropout: Any) -> None:
+    """Check and set the options of the recurrent path."""
+    kind = _kind(layer.mode)
+    if isinstance(zoneout, (tuple, list)) and layer.mode == "LSTM" and len(zoneout) == 2:
+        zoneout = (_probability(kind, "zoneout[0]", zoneout[0]), _probability(kind, "zoneout[1]", zoneout[1]))
+        zoneout = zoneout if any(zoneout) else 0.0
+    else:
+        zoneout = _probability(kind, "zoneout", zoneout)
+    if zoneout and layer.proj_size:
+        raise ValueError(f"{kind}: zoneout does not go with proj_size: h has another size than what the cell makes")
+    recurrent_dropout = _probability(kind, "recurrent_dropout", recurrent_dropout)
+    _set_options(layer, zoneout=zoneout, recurrent_dropout=recurrent_dropout)
+
+
+def _cell_of(module: torch.nn.Module) -> str:
+    """The name of a layer's cell; torch.nn's own layers too."""
+    return getattr(module, "_variant", None) or _CELL_OF_MODE[str(module.mode)]
+
+
+def _gru_cell(reset_after: Any, gates: Any) -> str:
+    """The name of the cell, or an exception."""
+    if not isinstance(reset_after, bool):
+        raise TypeError(f"GRU: reset_after should be of type bool, got: {type(reset_after).__name__}")
+    if gates not in ("both", "reset", "update"):
+        raise ValueError(f"GRU: gates should be 'both', 'reset' or 'update', got: {gates!r}")
+    if gates == "update" and not reset_after:
+        raise ValueError("GRU: reset_after=False with gates='update' makes no sense: there is no reset gate")
+    return _CELL_OF_GRU[reset_after, gates]
+
+
+def _become(layer: _Layer, cell: str) -> None:
+    """Make a layer that torch.nn just made one of another cell: parameters keep the rows of as many gates as it has."""
+    rows = _KERNELS[cell].num_gates * layer.hidden_size
+    layer._variant = cell
+    for d in range(len(layer._all_weights) if _KERNELS[cell].num_peepholes else 0):
+        like: Any = layer.weight_ih_l0
+        weight = like.new_empty(_KERNELS[cell].num_peepholes * layer.hidden_size)
+        torch.nn.init.uniform_(weight, -(layer.hidden_size**-0.5), layer.hidden_size**-0.5)
+        layer.register_parameter(_peephole_name(layer, d), torch.nn.Parameter(weight.detach()))
+    if rows == _KERNELS[layer.mode].num_gates * layer.hidden_size:
+        return
+    for name in [name for names in layer._all_weights for name in names if not name.startswith("weight_hr")]:
+        setattr(layer, name, torch.nn.Parameter(getattr(layer, name).detach()[:rows].clone()))
 
 
 # --- The classes ------------------------------------------------------------------------------------------------------
@@ -600,6 +757,11 @@ class RNN(torch.nn.RNN):
         bidirectional: ``D`` is 2: a second set of weights reads the sequence backwards, outputs side by side.
         device: where the parameters live.
         dtype: float32, float64, bfloat16 or float16. The 16-bit types accumulate and keep the state in float32.
+        zoneout: probability of a unit keeping its old state at a step, in training by a mask of its own for each step,
+            from torch's generator; in evaluation the mean of both, ``zoneout * old + (1 - zoneout) * new`` (Krueger et
+            al., arXiv:1606.01305, 2016).
+        recurrent_dropout: probability of dropping a unit of h where it enters the recurrent product, in training, by
+            one mask for all steps of a sequence, a new one at each call (Gal and Ghahramani, arXiv:1512.05287, 2016).
 
     Call with input ``[T, N, I]``, ``[T, I]`` or a PackedSequence, and hx ``[L*D, N, H]`` (``[L*D, H]`` for 2-D input)
     or None for zeros. Gives output ``[T, N, D*H]`` (``[T, D*H]``; a PackedSequence) and h_n in the shape of hx.
@@ -620,6 +782,16 @@ class RNN(torch.nn.RNN):
         TypeError: input, hx or resets that are not a tensor.
     """
 
+    # Set on the object where they are not these, so that a converted layer and its pickles are torch.nn's.
+    zoneout: float = 0.0
+    recurrent_dropout: float = 0.0
+    _variant: str | None = None
+
+    def __init__(self, *args: Any, zoneout: float = 0.0, recurrent_dropout: float = 0.0, **kwargs: Any) -> None:
+        _TorchRNN.__init__(self, *args, **kwargs)
+        if zoneout or recurrent_dropout:
+            _set_masks(self, zoneout, recurrent_dropout)
+
     @overload
     def forward(
         self, input: Tensor, hx: Tensor | None = None, *, resets: Tensor | None = None, lengths: _Lengths | None = None
@@ -629,6 +801,10 @@ class RNN(torch.nn.RNN):
     def forward(self, input: Any, hx: Any = None, *, resets: Any = None, lengths: Any = None) -> Any:
         """Run the layer over a sequence; see the class."""
         return _forward(self, input, hx, resets, lengths)
+
+    def extra_repr(self) -> str:
+        """Show torch's options, and ours where they are not the default."""
+        return ", ".join(filter(None, (_TorchRNN.extra_repr(self), _options_beyond_torch(self))))
 
     def to_torch(self) -> torch.nn.RNN:
         """Give the torch.nn.RNN that shares parameters and hooks; methods of a subclass stay behind."""
@@ -651,6 +827,12 @@ class GRU(torch.nn.GRU):
         h_t &= (1 - z_t) \odot n_t + z_t \odot h_{t-1}
 
     Source: Cho et al., arXiv:1406.1078 (2014), in torch's and cuDNN's variant: the reset gate after the product.
+    With ``reset_after=False`` it is the paper's own, which Keras had first and textbooks print:
+
+    .. math:: n_t = \tanh(W_{in} x_t + b_{in} + W_{hn} (r_t \odot h_{t-1}) + b_{hn})
+
+    With ``gates="reset"`` there is no update gate: :math:`h_t = n_t`. With ``gates="update"`` there is no reset gate,
+    :math:`r_t = 1`: the update gate RNN of Collins et al., arXiv:1611.09913 (2016).
 
     Args:
         input_size: ``I``.
@@ -662,6 +844,14 @@ class GRU(torch.nn.GRU):
         bidirectional: ``D`` is 2: a second set of weights reads the sequence backwards, outputs side by side.
         device: where the parameters live.
         dtype: float32, float64, bfloat16 or float16. The 16-bit types accumulate and keep the state in float32.
+        reset_after: the reset gate is applied after the recurrent product (torch's variant), or before it.
+        gates: ``"both"``, ``"reset"`` or ``"update"``. The parameters hold the gates r, z, n that there are, in this
+            order: ``[2*H, ...]`` with one gate of the two.
+        zoneout: probability of a unit keeping its old state at a step, in training by a mask of its own for each step,
+            from torch's generator; in evaluation the mean of both, ``zoneout * old + (1 - zoneout) * new`` (Krueger et
+            al., arXiv:1606.01305, 2016).
+        recurrent_dropout: probability of dropping a unit of h where it enters a recurrent product, in training, by one
+            mask for all steps of a sequence, a new one at each call (Gal and Ghahramani, arXiv:1512.05287, 2016).
 
     Call with input ``[T, N, I]``, ``[T, I]`` or a PackedSequence, and hx ``[L*D, N, H]`` (``[L*D, H]`` for 2-D input)
     or None for zeros. Gives output ``[T, N, D*H]`` (``[T, D*H]``; a PackedSequence) and h_n in the shape of hx.
@@ -674,14 +864,39 @@ class GRU(torch.nn.GRU):
 
     Inference saves nothing for the backward pass. Training saves, besides arguments and outputs, 5 numbers per step,
     sequence and unit in the accumulating dtype (20 bytes; 40 in float64): three gates, the recurrent part of the
-    candidate, the state.
+    candidate, the state; 4 with ``reset_after=False``, 3 with one gate.
 
     Raises:
-        ValueError: input of the wrong rank, or of another dtype than the weights; resets or lengths of the wrong shape,
-            dtype, device or range, with a PackedSequence, or lengths for 2-D input.
+        ValueError: gates that are none of these, or that reset_after does not go with; input of the wrong rank, or of
+            another dtype than the weights; resets or lengths of the wrong shape, dtype, device or range, with a
+            PackedSequence, or lengths for 2-D input.
         RuntimeError: input or hx of the wrong size, hx or a weight of the wrong dtype, device or shape, no steps.
         TypeError: input, hx or resets that are not a tensor.
     """
+
+    # Set on the object where they are not these, so that a converted layer and its pickles are torch.nn's.
+    reset_after: bool = True
+    gates: str = "both"
+    zoneout: float = 0.0
+    recurrent_dropout: float = 0.0
+    _variant: str | None = None
+
+    def __init__(
+        self,
+        *args: Any,
+        reset_after: bool = True,
+        gates: str = "both",
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        cell = _gru_cell(reset_after, gates)
+        _TorchGRU.__init__(self, *args, **kwargs)
+        if cell != "gru":
+            _set_options(self, reset_after=reset_after, gates=gates)
+            _become(self, cell)
+        if zoneout or recurrent_dropout:
+            _set_masks(self, zoneout, recurrent_dropout)
 
     @overload
     def forward(
@@ -692,6 +907,10 @@ class GRU(torch.nn.GRU):
     def forward(self, input: Any, hx: Any = None, *, resets: Any = None, lengths: Any = None) -> Any:
         """Run the layer over a sequence; see the class."""
         return _forward(self, input, hx, resets, lengths)
+
+    def extra_repr(self) -> str:
+        """Show torch's options, and ours where they are not the default."""
+        return ", ".join(filter(None, (_TorchGRU.extra_repr(self), _options_beyond_torch(self))))
 
     def to_torch(self) -> torch.nn.GRU:
         """Give the torch.nn.GRU that shares parameters and hooks; methods of a subclass stay behind."""
@@ -718,6 +937,11 @@ class LSTM(torch.nn.LSTM):
     Sources: Hochreiter and Schmidhuber, Neural Computation 9 (1997); the forget gate from Gers, Schmidhuber and
     Cummins, Neural Computation 12 (2000); the projection from Sak et al., arXiv:1402.1128 (2014).
 
+    With ``coupled=True`` there is no forget gate: :math:`f_t = 1 - i_t` (Greff et al., arXiv:1503.04069, 2015: CIFG).
+    With ``peephole=True`` the gates see c too (Gers, Schraudolph and Schmidhuber, JMLR 3, 2002):
+    :math:`w_{ci} \odot c_{t-1}` and :math:`w_{cf} \odot c_{t-1}` join the sums of i and f,
+    :math:`w_{co} \odot c_t` that of o.
+
     Args:
         input_size: ``I``.
         hidden_size: ``H``.
@@ -729,6 +953,15 @@ class LSTM(torch.nn.LSTM):
         proj_size: ``P`` if positive, smaller than ``H``; 0 for no projection (``P = H``).
         device: where the parameters live.
         dtype: float32, float64, bfloat16 or float16. The 16-bit types accumulate and keep the state in float32.
+        peephole: the gates see the cell state, by a parameter more, ``weight_ch_l{k}[_reverse]`` ``[3*H]``: the weights
+            of i, f and o (coupled: i and o, ``[2*H]``).
+        coupled: the input gate is the forget gate's complement. The parameters hold the gates i, g, o, in this order:
+            ``[3*H, ...]``.
+        zoneout: probability of a unit keeping its old state at a step, in training by a mask of its own for each step,
+            from torch's generator; in evaluation the mean of both, ``zoneout * old + (1 - zoneout) * new`` (Krueger et
+            al., arXiv:1606.01305, 2016). A pair is that of h and that of c. Not with proj_size.
+        recurrent_dropout: probability of dropping a unit of h where it enters the recurrent product, in training, by
+            one mask for all steps of a sequence, a new one at each call (Gal and Ghahramani, arXiv:1512.05287, 2016).
 
     Call with input ``[T, N, I]``, ``[T, I]`` or a PackedSequence, and hx a pair (h_0 ``[L*D, N, P]``, c_0
     ``[L*D, N, H]``), without ``N`` for 2-D input, or None for zeros. Gives output ``[T, N, D*P]`` (``[T, D*P]``; a
@@ -744,8 +977,8 @@ class LSTM(torch.nn.LSTM):
     of the output (zero past ``lengths``), differentiable as the others.
 
     Inference saves nothing for the backward pass. Training saves, besides arguments and outputs, 5 numbers per step,
-    sequence and unit in the accumulating dtype (20 bytes; 40 in float64): four gates and the cell state; with a
-    projection also the projected state.
+    sequence and unit in the accumulating dtype (20 bytes; 40 in float64): four gates (three coupled) and the cell
+    state; with a projection also the projected state.
 
     Raises:
         ValueError: input of the wrong rank, or of another dtype than the weights; resets or lengths of the wrong shape,
@@ -753,6 +986,32 @@ class LSTM(torch.nn.LSTM):
         RuntimeError: input or hx of the wrong size, hx or a weight of the wrong dtype, device or shape, no steps.
         TypeError: input or resets that are not a tensor, hx that is not a pair of tensors.
     """
+
+    # Set on the object where they are not these, so that a converted layer and its pickles are torch.nn's.
+    peephole: bool = False
+    coupled: bool = False
+    zoneout: float | tuple[float, float] = 0.0
+    recurrent_dropout: float = 0.0
+    _variant: str | None = None
+
+    def __init__(
+        self,
+        *args: Any,
+        peephole: bool = False,
+        coupled: bool = False,
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        for name, value in (("peephole", peephole), ("coupled", coupled)):
+            if not isinstance(value, bool):
+                raise TypeError(f"LSTM: {name} should be of type bool, got: {type(value).__name__}")
+        _TorchLSTM.__init__(self, *args, **kwargs)
+        if peephole or coupled:
+            _set_options(self, peephole=peephole, coupled=coupled)
+            _become(self, f"lstm{'_coupled' * coupled}{'_peephole' * peephole}")
+        if zoneout or recurrent_dropout:
+            _set_masks(self, zoneout, recurrent_dropout)
 
     @overload
     def forward(
@@ -787,6 +1046,10 @@ class LSTM(torch.nn.LSTM):
     ) -> Any:
         """Run the layer over a sequence; see the class."""
         return _forward(self, input, hx, resets, lengths, return_cells)
+
+    def extra_repr(self) -> str:
+        """Show torch's options, and ours where they are not the default."""
+        return ", ".join(filter(None, (_TorchLSTM.extra_repr(self), _options_beyond_torch(self))))
 
     def to_torch(self) -> torch.nn.LSTM:
         """Give the torch.nn.LSTM that shares parameters and hooks; methods of a subclass stay behind."""
@@ -1032,7 +1295,7 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = No
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (data, *states, *layer.parameters()))
     dtype_name = str(dtype).removeprefix("torch.")
     state_size = proj_size or layer.hidden_size
-    cell = _CELL_OF_MODE[mode]
+    cell = _CELL_OF_MODE[mode] if is_cell else _cell_of(layer)
     plans = []
     for i in range(num_layers):
         sizes: dict[str, int] = {

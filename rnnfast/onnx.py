@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 
+from rnnfast import _C
+
 __all__ = ["join_directions", "translation_table"]
 
-_GATES = {"rnn_tanh": (0,), "rnn_relu": (0,), "gru": (1, 0, 2), "lstm": (0, 3, 1, 2)}  # ONNX's order in torch's numbers
+# ONNX's order in torch's numbers; the cells that are not here have no node.
+_GATES = {"rnn_tanh": (0,), "rnn_relu": (0,), "gru": (1, 0, 2), "gru_before": (1, 0, 2), "lstm": (0, 3, 1, 2)}
 
 
 def _translation(cell: str, opset: Any, with_all_c: bool = False) -> Callable[..., Any]:
@@ -25,6 +28,8 @@ def _translation(cell: str, opset: Any, with_all_c: bool = False) -> Callable[..
 
     With ``with_all_c`` the op is ``<cell>_all_c``, for which there is no node: the function only says so.
     """
+    if cell not in _GATES:
+        return _refusal(cell + "_all_c" * with_all_c)
     order = _GATES[cell]
 
     def reordered(weight: Any, hidden_size: int) -> Any:
@@ -48,6 +53,10 @@ def _translation(cell: str, opset: Any, with_all_c: bool = False) -> Callable[..
         lengths: Any = None,
         resets: Any = None,
         reverse: bool = False,
+        weight_ch: Any = None,
+        recurrent_mask: Any = None,
+        zoneout_h: Any = None,
+        zoneout_c: Any = None,
     ) -> Any:
         if with_all_c:
             raise NotImplementedError(
@@ -57,6 +66,9 @@ def _translation(cell: str, opset: Any, with_all_c: bool = False) -> Callable[..
         for name, value, instead in (
             ("weight_hr", weight_hr, "ONNX's LSTM has no projection: export a layer without proj_size"),
             ("batch_sizes", batch_sizes, "ONNX has no packed sequences: export with padded input"),
+            ("recurrent_mask", recurrent_mask, "recurrent dropout is of training: export after eval()"),
+            ("zoneout_h", zoneout_h, "ONNX's nodes have no zoneout: export a layer without"),
+            ("zoneout_c", zoneout_c, "ONNX's nodes have no zoneout: export a layer without"),
             ("resets", resets, "ONNX's nodes run without a break: call the model once for each piece"),
         ):
             if value is not None:
@@ -80,14 +92,21 @@ def _translation(cell: str, opset: Any, with_all_c: bool = False) -> Callable[..
         if cell == "lstm":
             output, h_n, c_n = opset.LSTM(x, w, r, b, steps, one(h0), one(c0), **common)
             c_n = opset.Squeeze(c_n, [0])
-        elif cell == "gru":
-            output, h_n = opset.GRU(x, w, r, b, steps, one(h0), linear_before_reset=1, **common)
+        elif cell in ("gru", "gru_before"):
+            output, h_n = opset.GRU(x, w, r, b, steps, one(h0), linear_before_reset=int(cell == "gru"), **common)
         else:
             activation = "Tanh" if cell == "rnn_tanh" else "Relu"
             output, h_n = opset.RNN(x, w, r, b, steps, one(h0), activations=[activation], **common)
         if cell != "lstm":
             c_n = opset.ConstantOfShape(opset.Constant(value_ints=[0]))
         return opset.Squeeze(output, [0, 1] if is_step else [1]), opset.Squeeze(h_n, [0]), c_n
+
+    return translate
+
+
+def _refusal(name: str) -> Callable[..., Any]:
+    def translate(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError(f"ONNX export of rnnfast::{name}: ONNX has no node for this cell")
 
     return translate
 
@@ -104,8 +123,13 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         opset = importlib.import_module("onnxscript").opset18
     except ImportError as error:
         raise ImportError('rnnfast.onnx needs onnxscript: pip install "rnnfast[onnx]"') from error
-    table = {getattr(torch.ops.rnnfast, cell).default: _translation(cell, opset) for cell in _GATES}
-    return table | {torch.ops.rnnfast.lstm_all_c.default: _translation("lstm", opset, with_all_c=True)}
+    table = {}
+    for cell in _C.cells():
+        name = cell["name"]
+        table[getattr(torch.ops.rnnfast, name).default] = _translation(name, opset)
+        if cell["num_states"] == 2:
+            table[getattr(torch.ops.rnnfast, f"{name}_all_c").default] = _translation(name, opset, with_all_c=True)
+    return table
 
 
 def join_directions(program: Any) -> int:

@@ -12,15 +12,32 @@ projection), ``G`` gates (1 for the plain RNN, 3 for GRU, 4 for LSTM). Last dime
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from rnnfast import _C, reference, transforms
 
-__all__ = ["gru", "lstm", "lstm_all_c", "rnn_relu", "rnn_tanh"]
+__all__ = [
+    "gru",
+    "gru_before",
+    "gru_reset",
+    "gru_reset_before",
+    "gru_update",
+    "lstm",
+    "lstm_all_c",
+    "lstm_coupled",
+    "lstm_coupled_all_c",
+    "lstm_coupled_peephole",
+    "lstm_coupled_peephole_all_c",
+    "lstm_peephole",
+    "lstm_peephole_all_c",
+    "rnn_relu",
+    "rnn_tanh",
+]
 
+_Run = TypeVar("_Run", bound=Callable[..., tuple[Tensor, ...]])
 _CELLS: dict[str, dict[str, Any]] = {cell["name"]: cell for cell in _C.cells()}
 
 
@@ -38,6 +55,9 @@ def lstm(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reverse: bool = False,
+    recurrent_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    zoneout_c: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one LSTM layer in one direction. The formula and its source: :func:`rnnfast.reference.lstm`.
 
@@ -60,6 +80,11 @@ def lstm(
         resets: bool ``[T, N]``, padded input only: where true no state crosses from step ``t - 1`` to ``t``, in either
             direction.
         reverse: walk time backwards; each output stays at its own step.
+        recurrent_mask: ``[N, P]``: what h is multiplied by where it enters the recurrent product, at every step. This
+            and the next two have no derivative.
+        zoneout_h: ``[T, N, H]`` in the form of output, from 0 to 1: the share of the old h that stays at each step,
+            ``h = zoneout_h * h_old + (1 - zoneout_h) * h_new``. Not with ``weight_hr``.
+        zoneout_c: the same for c.
 
     Returns:
         output ``[T, N, P]`` (``[rows, P]`` or ``[N, P]`` for those kinds of input), h_n ``[N, P]`` and c_n ``[N, H]``.
@@ -69,7 +94,22 @@ def lstm(
             message names it, what was expected and what came.
     """
     output, h_n, c_n = torch.ops.rnnfast.lstm.default(
-        input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, lengths, resets, reverse
+        input,
+        h0,
+        c0,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        weight_hr,
+        batch_sizes,
+        lengths,
+        resets,
+        reverse,
+        None,
+        recurrent_mask,
+        zoneout_h,
+        zoneout_c,
     )
     return output, h_n, c_n
 
@@ -88,6 +128,9 @@ def lstm_all_c(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reverse: bool = False,
+    recurrent_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
+    zoneout_c: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run one LSTM layer in one direction and return the cell state of all steps too.
 
@@ -98,7 +141,22 @@ def lstm_all_c(
         past ``lengths``).
     """
     output, h_n, c_n, all_c = torch.ops.rnnfast.lstm_all_c.default(
-        input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, lengths, resets, reverse
+        input,
+        h0,
+        c0,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        weight_hr,
+        batch_sizes,
+        lengths,
+        resets,
+        reverse,
+        None,
+        recurrent_mask,
+        zoneout_h,
+        zoneout_c,
     )
     return output, h_n, c_n, all_c
 
@@ -115,6 +173,8 @@ def gru(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reverse: bool = False,
+    recurrent_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run one GRU layer in one direction. The formula and its source: :func:`rnnfast.reference.gru`.
 
@@ -125,7 +185,21 @@ def gru(
         output ``[T, N, H]`` (``[rows, H]`` or ``[N, H]`` for those kinds of input) and h_n ``[N, H]``.
     """
     output, h_n, _ = torch.ops.rnnfast.gru.default(
-        input, h0, None, weight_ih, weight_hh, bias_ih, bias_hh, None, batch_sizes, lengths, resets, reverse
+        input,
+        h0,
+        None,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        None,
+        batch_sizes,
+        lengths,
+        resets,
+        reverse,
+        None,
+        recurrent_mask,
+        zoneout_h,
     )
     return output, h_n
 
@@ -142,6 +216,8 @@ def rnn_tanh(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reverse: bool = False,
+    recurrent_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run one plain RNN layer with tanh in one direction. The formula: :func:`rnnfast.reference.rnn_tanh`.
 
@@ -152,7 +228,21 @@ def rnn_tanh(
         output ``[T, N, H]`` (``[rows, H]`` or ``[N, H]`` for those kinds of input) and h_n ``[N, H]``.
     """
     output, h_n, _ = torch.ops.rnnfast.rnn_tanh.default(
-        input, h0, None, weight_ih, weight_hh, bias_ih, bias_hh, None, batch_sizes, lengths, resets, reverse
+        input,
+        h0,
+        None,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        None,
+        batch_sizes,
+        lengths,
+        resets,
+        reverse,
+        None,
+        recurrent_mask,
+        zoneout_h,
     )
     return output, h_n
 
@@ -169,22 +259,150 @@ def rnn_relu(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reverse: bool = False,
+    recurrent_mask: Tensor | None = None,
+    zoneout_h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run one plain RNN layer with a rectifier in one direction. The formula: :func:`rnnfast.reference.rnn_relu`.
 
     Arguments, results and errors are those of :func:`rnn_tanh`.
     """
     output, h_n, _ = torch.ops.rnnfast.rnn_relu.default(
-        input, h0, None, weight_ih, weight_hh, bias_ih, bias_hh, None, batch_sizes, lengths, resets, reverse
+        input,
+        h0,
+        None,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        None,
+        batch_sizes,
+        lengths,
+        resets,
+        reverse,
+        None,
+        recurrent_mask,
+        zoneout_h,
     )
     return output, h_n
+
+
+def _like_gru(cell: str, gates: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The function for a cell that differs from the GRU in its gates only."""
+    op = getattr(torch.ops.rnnfast, cell).default
+
+    def run(
+        input: Tensor,
+        h0: Tensor | None,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias_ih: Tensor | None = None,
+        bias_hh: Tensor | None = None,
+        *,
+        batch_sizes: Tensor | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reverse: bool = False,
+        recurrent_mask: Tensor | None = None,
+        zoneout_h: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        output, h_n, _ = op(
+            input,
+            h0,
+            None,
+            weight_ih,
+            weight_hh,
+            bias_ih,
+            bias_hh,
+            None,
+            batch_sizes,
+            lengths,
+            resets,
+            reverse,
+            None,
+            recurrent_mask,
+            zoneout_h,
+        )
+        return output, h_n
+
+    return _named(run, cell, "gru", gates)
+
+
+def _like_lstm(cell: str, gates: str, with_all_c: bool = False) -> Callable[..., tuple[Tensor, ...]]:
+    """The function for a cell that differs from the LSTM in its gates only."""
+    name = f"{cell}_all_c" if with_all_c else cell
+    op = getattr(torch.ops.rnnfast, name).default
+
+    def run(
+        input: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias_ih: Tensor | None = None,
+        bias_hh: Tensor | None = None,
+        weight_hr: Tensor | None = None,
+        *,
+        batch_sizes: Tensor | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reverse: bool = False,
+        weight_ch: Tensor | None = None,
+        recurrent_mask: Tensor | None = None,
+        zoneout_h: Tensor | None = None,
+        zoneout_c: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = op(
+            input,
+            h0,
+            c0,
+            weight_ih,
+            weight_hh,
+            bias_ih,
+            bias_hh,
+            weight_hr,
+            batch_sizes,
+            lengths,
+            resets,
+            reverse,
+            weight_ch,
+            recurrent_mask,
+            zoneout_h,
+            zoneout_c,
+        )
+        return results
+
+    return _named(run, name, "lstm_all_c" if with_all_c else "lstm", gates)
+
+
+def _named(run: _Run, name: str, like: str, gates: str) -> _Run:
+    run.__name__ = run.__qualname__ = name
+    run.__doc__ = f"""Run one layer in one direction. The formula: ``rnnfast.reference.{name.removesuffix("_all_c")}``.
+
+    Arguments, results and errors are those of :func:`{like}`, with the gates in the order {gates}.
+    """
+    return run
+
+
+_PEEPHOLES_IFO = "i, f, g, o, and ``weight_ch`` ``[3*H]``, by which i, f and o see c"
+_PEEPHOLES_IO = "i, g, o, and ``weight_ch`` ``[2*H]``, by which i and o see c"
+gru_before = _like_gru("gru_before", "r, z, n")
+gru_reset = _like_gru("gru_reset", "r, n")
+gru_reset_before = _like_gru("gru_reset_before", "r, n")
+gru_update = _like_gru("gru_update", "z, n")
+lstm_coupled = _like_lstm("lstm_coupled", "i, g, o")
+lstm_coupled_all_c = _like_lstm("lstm_coupled", "i, g, o", with_all_c=True)
+lstm_coupled_peephole = _like_lstm("lstm_coupled_peephole", _PEEPHOLES_IO)
+lstm_coupled_peephole_all_c = _like_lstm("lstm_coupled_peephole", _PEEPHOLES_IO, with_all_c=True)
+lstm_peephole = _like_lstm("lstm_peephole", _PEEPHOLES_IFO)
+lstm_peephole_all_c = _like_lstm("lstm_peephole", _PEEPHOLES_IFO, with_all_c=True)
 
 
 # --- Fake kernels: the shapes and dtypes of what the ops return -------------------------------------------------------
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_PRIMALS = ("input", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+_PRIMALS = ("input", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "weight_ch")
+_MASKS = ("recurrent_mask", "zoneout_h", "zoneout_c")
 
 
 def _output_shapes(
@@ -217,7 +435,7 @@ def _one_hot_like(input: Tensor, weight_ih: Tensor) -> Tensor:
 
 
 def _saved_shapes(
-    cell: str, input: Tensor, weight_hh: Tensor, weight_hr: Tensor | None
+    cell: str, input: Tensor, weight_hh: Tensor, weight_hr: Tensor | None, zoneouts: bool
 ) -> tuple[torch.dtype, list[Any], list[Any], list[Any]]:
     """The dtype, and the shapes of gates, cells and hidden: what the forward keeps for the backward.
 
@@ -235,7 +453,8 @@ def _saved_shapes(
     hidden_size, state_size = weight_hh.shape[-2] // int(entry["num_gates"]), weight_hh.shape[-1]
     gates = kept(hidden_size, int(entry["num_slots"]))
     cells = kept(hidden_size, 1) if entry["num_states"] == 2 else [0]
-    hidden = kept(state_size, 1) if entry["saves_hidden"] or weight_hr is not None else [0]
+    saves_hidden = entry["saves_hidden"] or weight_hr is not None or zoneouts
+    hidden = kept(state_size, 1) if saves_hidden else [0]
     return accumulate, gates, cells, hidden
 
 
@@ -276,9 +495,14 @@ def _register_fakes(cell: str) -> None:
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         reverse: bool = False,
+        weight_ch: Tensor | None = None,
+        recurrent_mask: Tensor | None = None,
+        zoneout_h: Tensor | None = None,
+        zoneout_c: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        primals = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
-        check(primals, batch_sizes, lengths, resets)
+        primals = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch)
+        masks = {"recurrent_mask": recurrent_mask, "zoneout_h": zoneout_h, "zoneout_c": zoneout_c}
+        check(primals, batch_sizes, lengths, resets, **masks)
         input = _one_hot_like(input, weight_ih)
         shapes = _output_shapes(cell, input, h0, weight_hh, weight_hr, batch_sizes)
         return tuple(input.new_empty(shape) for shape in shapes)
@@ -296,12 +520,17 @@ def _register_fakes(cell: str) -> None:
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         reverse: bool = False,
+        weight_ch: Tensor | None = None,
+        recurrent_mask: Tensor | None = None,
+        zoneout_h: Tensor | None = None,
+        zoneout_c: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        primals = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
-        check(primals, batch_sizes, lengths, resets)
+        primals = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch)
+        masks = {"recurrent_mask": recurrent_mask, "zoneout_h": zoneout_h, "zoneout_c": zoneout_c}
+        check(primals, batch_sizes, lengths, resets, **masks)
         input = _one_hot_like(input, weight_ih)
         shapes = _output_shapes(cell, input, h0, weight_hh, weight_hr, batch_sizes)
-        dtype, *saved = _saved_shapes(cell, input, weight_hh, weight_hr)
+        dtype, *saved = _saved_shapes(cell, input, weight_hh, weight_hr, zoneout_h is not None or zoneout_c is not None)
         return (
             *(input.new_empty(shape) for shape in shapes),
             *(input.new_empty(shape, dtype=dtype) for shape in saved),
@@ -309,10 +538,11 @@ def _register_fakes(cell: str) -> None:
 
     def check_backward(arguments: Sequence[Any]) -> tuple[Sequence[Tensor | None], Sequence[bool]]:
         """Check the arguments of a backward op, and give those that are differentiated and which are wanted."""
-        grads, primals = arguments[:3], arguments[3:11]
-        kept, needs, grad_all_c = arguments[15:18], arguments[18], (*arguments[19:], None)[0]
-        names = ("grad_output", "grad_h_n", "grad_c_n", "gates", "cells", "hidden", "grad_all_c")
-        check(primals, *arguments[11:14], **dict(zip(names, (*grads, *kept, grad_all_c), strict=True)))
+        grads, primals = arguments[:3], (*arguments[3:11], arguments[15])
+        kept, needs, grad_all_c = arguments[19:22], arguments[22], (*arguments[23:], None)[0]
+        names = ("grad_output", "grad_h_n", "grad_c_n", *_MASKS, "gates", "cells", "hidden", "grad_all_c")
+        others = (*grads, *arguments[16:19], *kept, grad_all_c)
+        check(primals, *arguments[11:14], **dict(zip(names, others, strict=True)))
         return primals, needs
 
     def gradients(like: Tensor, primals: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
@@ -327,7 +557,7 @@ def _register_fakes(cell: str) -> None:
 
     def backward_factors(*arguments: Any) -> tuple[Tensor, ...]:
         primals, needs = check_backward(arguments)
-        input, weight_ih, weight_hh, weight_hr, gates = (arguments[i] for i in (3, 6, 7, 10, 15))
+        input, weight_ih, weight_hh, weight_hr, gates = (arguments[i] for i in (3, 6, 7, 10, 19))
         state_size, hidden_size = (0, 0) if weight_hr is None else weight_hr.shape
         rows = input.shape[:-1] if input.is_floating_point() else input.shape
         units = (weight_hh.shape[0], weight_hh.shape[0], weight_hh.shape[1], state_size, hidden_size)
@@ -337,7 +567,8 @@ def _register_fakes(cell: str) -> None:
     torch.library.register_fake(f"rnnfast::{cell}", forward)
     torch.library.register_fake(f"rnnfast::_{cell}_forward", forward_and_save)
     torch.library.register_fake(f"rnnfast::_{cell}_backward", backward)
-    torch.library.register_fake(f"rnnfast::_{cell}_backward_factors", backward_factors)
+    if not (_CELLS[cell]["num_late_gates"] or _CELLS[cell]["num_peepholes"]):
+        torch.library.register_fake(f"rnnfast::_{cell}_backward_factors", backward_factors)
     if _CELLS[cell]["num_states"] == 1:
         return
 
@@ -369,20 +600,22 @@ def _alias(tensor: Tensor | None) -> Tensor | None:
 
 
 def _register_double_backward(cell: str) -> None:
-    scan = getattr(reference, cell)
+    scan: Callable[..., tuple[Tensor, ...]] = reference.CELLS[cell]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        # grad_output, grad_h_n, grad_c_n; the eight differentiable arguments; batch_sizes, lengths, resets; grad_all_c.
-        ctx.save_for_backward(*inputs[:14], inputs[19])
-        ctx.reverse, ctx.needs = inputs[14], inputs[18]
+        # grad_output, grad_h_n, grad_c_n; the op's own arguments up to resets; those after reverse; grad_all_c.
+        ctx.save_for_backward(*inputs[:14], *inputs[15:19], inputs[23])
+        ctx.reverse, ctx.needs = inputs[14], inputs[22]
 
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
         create_graph = torch.is_grad_enabled()
         saved = ctx.saved_tensors
         with torch.enable_grad():
-            grads = [_alias(tensor) for tensor in (*saved[:3], saved[14])]
-            primals = [_alias(tensor) for tensor in saved[3:11]]
-            outputs = scan(*primals, *saved[11:14], ctx.reverse, with_all_c=grads[3] is not None)
+            grads = [_alias(tensor) for tensor in (*saved[:3], saved[18])]
+            primals = [_alias(tensor) for tensor in (*saved[3:11], saved[14])]
+            outputs = scan(
+                *primals[:8], *saved[11:14], ctx.reverse, primals[8], *saved[15:18], with_all_c=grads[3] is not None
+            )
             used = [(o, grad) for o, grad in zip(outputs, grads, strict=False) if grad is not None and o.requires_grad]
             wanted = [
                 (primal, grad_grad)
@@ -401,9 +634,9 @@ def _register_double_backward(cell: str) -> None:
             for first, (_, grad_grad) in zip(firsts, wanted, strict=True)
             if first is not None and first.requires_grad
         ]
-        sources = [*enumerate([*grads[:3], *primals]), (19, grads[3])]
+        sources = [*enumerate([*grads[:3], *primals[:8]]), (15, primals[8]), (23, grads[3])]
         targets = [(i, source) for i, source in sources if source is not None and ctx.needs_input_grad[i]]
-        result: list[Tensor | None] = [None] * 20
+        result: list[Tensor | None] = [None] * 24
         if pairs and targets:
             seconds = torch.autograd.grad(
                 [first for first, _ in pairs],

@@ -17,7 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CELLS", "Cell", "gru", "lstm", "rnn_relu", "rnn_tanh"]
+__all__ = [
+    "CELLS",
+    "Cell",
+    "gru",
+    "gru_before",
+    "gru_reset",
+    "gru_reset_before",
+    "gru_update",
+    "lstm",
+    "lstm_coupled",
+    "lstm_coupled_peephole",
+    "lstm_peephole",
+    "rnn_relu",
+    "rnn_tanh",
+]
 
 Formula = Callable[..., tuple[Tensor, ...]]
 
@@ -34,12 +48,18 @@ class Cell:
         num_gates: ``G``.
         num_states: 1 (``h``) or 2 (``h`` and ``c``).
         formula: one step: input gates and recurrent gates, both ``[N, G*H]``, then the old states, to the new states.
+        num_late_gates: how many gates, the last ones, take their recurrent product of something else than ``h``. They
+            are not among the recurrent gates that the formula gets; its last argument ``late`` is the function that
+            makes theirs, ``[N, H]`` to ``[N, late*H]``.
+        num_peepholes: how many vectors of weights ``[H]`` the formula gets as its last arguments.
     """
 
     name: str
     num_gates: int
     num_states: int
     formula: Formula
+    num_late_gates: int = 0
+    num_peepholes: int = 0
 
     def __call__(
         self,
@@ -55,6 +75,11 @@ class Cell:
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
         reverse: bool = False,
+        weight_ch: Tensor | None = None,
+        recurrent_mask: Tensor | None = None,
+        zoneout_h: Tensor | None = None,
+        zoneout_c: Tensor | None = None,
+        *,
         with_all_c: bool = False,
     ) -> tuple[Tensor, ...]:
         """Scan the cell over the sequence.
@@ -77,6 +102,13 @@ class Cell:
             resets: bool ``[T, N]``. Where true there is a boundary between ``t - 1`` and ``t``: no state crosses it,
                 in either direction. Boundaries in the padding mean nothing.
             reverse: walk time backwards; every output stays at its own step.
+            weight_ch: ``[V*H]``, the vectors by which gates see c, one after the other; of a cell with peepholes.
+            recurrent_mask: ``[N, P]``: what h is multiplied by where it enters the recurrent product, at every step.
+                Recurrent dropout: Gal and Ghahramani, arXiv:1512.05287 (2016).
+            zoneout_h: ``[T, N, H]`` in the form of output, from 0 to 1: the share of h_{t-1} that stays,
+                h_t = zoneout_h * h_{t-1} + (1 - zoneout_h) * h'_t, where h'_t is what the cell makes. Krueger et al.,
+                arXiv:1606.01305 (2016). Not with a projection.
+            zoneout_c: the same for c; h'_t is made of the cell's own c'_t.
             with_all_c: also return c of all steps, as ``torch.ops.rnnfast.<name>_all_c`` does; only for a cell with two
                 states.
 
@@ -85,11 +117,13 @@ class Cell:
             with one state); with ``with_all_c`` also c ``[T, N, H]`` in the form of output.
         """
         if weight_ih.dim() == 3:
-            weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
-            return self._members(input, (h0, c0), weights, batch_sizes, (lengths, resets), reverse, with_all_c)
+            weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch)
+            of_sequences = (h0, c0, recurrent_mask, zoneout_h, zoneout_c)
+            return self._members(input, of_sequences, weights, batch_sizes, (lengths, resets), reverse, with_all_c)
         if not input.is_floating_point():
             # not F.one_hot, which looks at the values and so does not go with vmap
             input = (input.unsqueeze(-1) == torch.arange(weight_ih.shape[1], device=input.device)).to(weight_ih.dtype)
+        zoneouts = [zoneout_h, zoneout_c][: self.num_states]
         rows = None
         single_step = batch_sizes is None and input.dim() == 2
         if batch_sizes is not None:  # a packed batch is a padded one whose rows past the lengths were left out
@@ -98,8 +132,15 @@ class Cell:
             lengths, rows = present.sum(0), present.flatten().nonzero().squeeze(1)
             padded = input.new_zeros(present.numel(), input.shape[1]).index_copy(0, rows, input)
             input = padded.view(*present.shape, input.shape[1])
+            zoneouts = [
+                None
+                if z is None
+                else z.new_zeros(present.numel(), z.shape[1]).index_copy(0, rows, z).view(*present.shape, z.shape[1])
+                for z in zoneouts
+            ]
         elif single_step:
             input = input.unsqueeze(0)
+            zoneouts = [None if z is None else z.unsqueeze(0) for z in zoneouts]
         steps, batch = input.shape[:2]
 
         real = None
@@ -117,13 +158,26 @@ class Cell:
         c = input.new_zeros(batch, hidden_size) if c0 is None else c0
         state: tuple[Tensor, ...] = (h, c)[: self.num_states]
 
+        def late(h: Tensor) -> Tensor:
+            masked = h if recurrent_mask is None else h * recurrent_mask
+            return F.linear(masked, weight_hh[early:], None if bias_hh is None else bias_hh[early:])
+
+        early = weight_hh.shape[0] - self.num_late_gates * hidden_size
+        weight_h, bias_h = weight_hh[:early], None if bias_hh is None else bias_hh[:early]
+        more: tuple[object, ...] = (late,) if self.num_late_gates else ()
+        if weight_ch is not None:
+            more = weight_ch.view(self.num_peepholes, hidden_size).unbind()
         gates_x = F.linear(input, weight_ih, bias_ih)  # [T, N, G*H], one product over all steps
         states = [state] * steps
         for t in reversed(range(steps)) if reverse else range(steps):
             old = state if resets is None else tuple(s.masked_fill(resets[t], 0.0) for s in state)
-            new = self.formula(gates_x[t], F.linear(old[0], weight_hh, bias_hh), *old)
+            masked = old[0] if recurrent_mask is None else old[0] * recurrent_mask
+            new = self.formula(gates_x[t], F.linear(masked, weight_h, bias_h), *old, *more)
             if weight_hr is not None:
                 new = (F.linear(new[0], weight_hr), *new[1:])
+            new = tuple(
+                n if z is None else z[t] * o + (1 - z[t]) * n for n, o, z in zip(new, old, zoneouts, strict=True)
+            )
             state = new if real is None else tuple(torch.where(real[t], n, s) for n, s in zip(new, state, strict=True))
             states[t] = state
 
@@ -141,7 +195,7 @@ class Cell:
     def _members(
         self,
         input: Tensor,
-        states: Sequence[Tensor | None],
+        rows: Sequence[Tensor | None],
         weights: Sequence[Tensor | None],
         batch_sizes: Tensor | None,
         bounds: Sequence[Tensor | None],
@@ -156,10 +210,11 @@ class Cell:
         parts = []
         for e in range(count):
             x = input.movedim(sequences, 0)[e::count].movedim(0, sequences)
-            h0, c0 = (None if state is None else state[e::count] for state in states)
-            member = (None if weight is None else weight[e] for weight in weights)
+            h0, c0, *masks = (None if row is None else row[..., e::count, :] for row in rows)
+            *member, weight_ch = (None if weight is None else weight[e] for weight in weights)
             lengths, resets = (None if bound is None else bound[..., e::count] for bound in bounds)
-            parts.append(scan(x, h0, c0, *member, steps, lengths, resets, reverse, with_all_c))
+            bounded = (steps, lengths, resets, reverse)
+            parts.append(scan(x, h0, c0, *member, *bounded, weight_ch, *masks, with_all_c=with_all_c))
         return tuple(
             torch.stack(of_all, -2).flatten(-3, -2) if of_all[0].dim() > 1 else of_all[0]
             for of_all in zip(*parts, strict=True)
@@ -170,10 +225,12 @@ CELLS: dict[str, Cell] = {}
 """Every cell by the name of its op."""
 
 
-def _cell(num_gates: int, num_states: int) -> Callable[[Formula], Cell]:
+def _cell(
+    num_gates: int, num_states: int, num_late_gates: int = 0, num_peepholes: int = 0
+) -> Callable[[Formula], Cell]:
     def register(formula: Formula) -> Cell:
         name = formula.__name__
-        CELLS[name] = Cell(name, num_gates, num_states, formula)
+        CELLS[name] = Cell(name, num_gates, num_states, formula, num_late_gates, num_peepholes)
         return CELLS[name]
 
     return register
@@ -222,6 +279,59 @@ def gru(x: Tensor, u: Tensor, h: Tensor) -> tuple[Tensor, ...]:
     return ((1 - z) * n + z * h,)
 
 
+@_cell(num_gates=3, num_states=1, num_late_gates=1)
+def gru_before(x: Tensor, u: Tensor, h: Tensor, late: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+    """Cho et al., arXiv:1406.1078 (2014), as printed, z and 1 - z in torch's places: reset before the product.
+
+    r_t = sigmoid(x_r + u_r)
+    z_t = sigmoid(x_z + u_z)
+    n_t = tanh(x_n + W_hn (r_t * h_{t-1}) + b_hn)
+    h_t = (1 - z_t) * n_t + z_t * h_{t-1}
+    """
+    x_r, x_z, x_n = _gates(x, 3)
+    u_r, u_z = _gates(u, 2)
+    r = (x_r + u_r).sigmoid()
+    z = (x_z + u_z).sigmoid()
+    n = (x_n + late(r * h)).tanh()
+    return ((1 - z) * n + z * h,)
+
+
+@_cell(num_gates=2, num_states=1)
+def gru_reset(x: Tensor, u: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+    """:data:`gru` without the update gate, z_t = 0: gates r, n.
+
+    r_t = sigmoid(x_r + u_r)
+    h_t = tanh(x_n + r_t * u_n)
+    """
+    x_r, x_n = _gates(x, 2)
+    u_r, u_n = _gates(u, 2)
+    return ((x_n + (x_r + u_r).sigmoid() * u_n).tanh(),)
+
+
+@_cell(num_gates=2, num_states=1, num_late_gates=1)
+def gru_reset_before(x: Tensor, u: Tensor, h: Tensor, late: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+    """:data:`gru_before` without the update gate, z_t = 0: gates r, n.
+
+    r_t = sigmoid(x_r + u_r)
+    h_t = tanh(x_n + W_hn (r_t * h_{t-1}) + b_hn)
+    """
+    x_r, x_n = _gates(x, 2)
+    return ((x_n + late((x_r + u).sigmoid() * h)).tanh(),)
+
+
+@_cell(num_gates=2, num_states=1)
+def gru_update(x: Tensor, u: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+    """:data:`gru` without the reset gate, r_t = 1: gates z, n. Collins et al., arXiv:1611.09913 (2016): UGRNN.
+
+    z_t = sigmoid(x_z + u_z)
+    n_t = tanh(x_n + u_n)
+    h_t = (1 - z_t) * n_t + z_t * h_{t-1}
+    """
+    a_z, a_n = _gates(x + u, 2)
+    z = a_z.sigmoid()
+    return ((1 - z) * a_n.tanh() + z * h,)
+
+
 @_cell(num_gates=4, num_states=2)
 def lstm(x: Tensor, u: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
     """Hochreiter and Schmidhuber (1997) with the forget gate of Gers, Schmidhuber and Cummins (2000), no peepholes.
@@ -234,3 +344,52 @@ def lstm(x: Tensor, u: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
     i, f, g, o = _gates(x + u, 4)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c
+
+
+@_cell(num_gates=3, num_states=2)
+def lstm_coupled(x: Tensor, u: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    """:data:`lstm` with f_t = 1 - i_t: gates i, g, o. Greff et al., arXiv:1503.04069 (2015), CIFG; no peepholes.
+
+    i_t, o_t = sigmoid(x_i + u_i), sigmoid(x_o + u_o)
+    g_t = tanh(x_g + u_g)
+    c_t = (1 - i_t) * c_{t-1} + i_t * g_t
+    h_t = o_t * tanh(c_t), projected to W_hr h_t where there is a projection
+    """
+    a_i, a_g, a_o = _gates(x + u, 3)
+    i = a_i.sigmoid()
+    c = (1 - i) * c + i * a_g.tanh()
+    return a_o.sigmoid() * c.tanh(), c
+
+
+@_cell(num_gates=4, num_states=2, num_peepholes=3)
+def lstm_peephole(
+    x: Tensor, u: Tensor, h: Tensor, c: Tensor, w_i: Tensor, w_f: Tensor, w_o: Tensor
+) -> tuple[Tensor, ...]:
+    """:data:`lstm` with peepholes: Gers, Schraudolph and Schmidhuber, JMLR 3 (2002).
+
+    i_t, f_t = sigmoid(x_i + u_i + w_i * c_{t-1}), sigmoid(x_f + u_f + w_f * c_{t-1})
+    g_t = tanh(x_g + u_g)
+    c_t = f_t * c_{t-1} + i_t * g_t
+    o_t = sigmoid(x_o + u_o + w_o * c_t)
+    h_t = o_t * tanh(c_t), projected to W_hr h_t where there is a projection
+    """
+    a_i, a_f, a_g, a_o = _gates(x + u, 4)
+    i, f = (a_i + w_i * c).sigmoid(), (a_f + w_f * c).sigmoid()
+    c = f * c + i * a_g.tanh()
+    return (a_o + w_o * c).sigmoid() * c.tanh(), c
+
+
+@_cell(num_gates=3, num_states=2, num_peepholes=2)
+def lstm_coupled_peephole(x: Tensor, u: Tensor, h: Tensor, c: Tensor, w_i: Tensor, w_o: Tensor) -> tuple[Tensor, ...]:
+    """:data:`lstm_coupled` with the peepholes of its two gates: Greff et al., arXiv:1503.04069 (2015), CIFG.
+
+    i_t = sigmoid(x_i + u_i + w_i * c_{t-1})
+    g_t = tanh(x_g + u_g)
+    c_t = (1 - i_t) * c_{t-1} + i_t * g_t
+    o_t = sigmoid(x_o + u_o + w_o * c_t)
+    h_t = o_t * tanh(c_t), projected to W_hr h_t where there is a projection
+    """
+    a_i, a_g, a_o = _gates(x + u, 3)
+    i = (a_i + w_i * c).sigmoid()
+    c = (1 - i) * c + i * a_g.tanh()
+    return (a_o + w_o * c).sigmoid() * c.tanh(), c

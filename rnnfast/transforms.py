@@ -9,8 +9,9 @@ is registered here for the dispatch key of the transforms, and the innermost tra
   ``n % B``, the members of such an ensemble beside one another on the threads.
 - ``grad`` and ``vjp``: :class:`_Scan`, whose backward is :class:`_ScanBackward`; both obey the same rules of vmap. The
   weights' gradients of one example alone (``vmap`` of ``grad``) are small products of what
-  ``_<cell>_backward_factors`` returns for the whole batch.
-- ``jvp``, alone or anywhere in the stack: :mod:`rnnfast.reference`, differentiated by torch. So are second derivatives.
+  ``_<cell>_backward_factors`` returns for the whole batch; for a cell without that op, one backward for each example.
+- ``jvp``, alone or anywhere in the stack: :mod:`rnnfast.reference`, differentiated by torch. So are second derivatives,
+  and calls with peepholes, recurrent dropout or zoneout.
 
 Inside this file ``name`` is that of an op, ``<cell>`` or ``<cell>_all_c``.
 """
@@ -30,6 +31,7 @@ from torch._functorch.utils import enable_single_level_autograd_function, unwrap
 from rnnfast import _C, reference
 
 _NUM_STATES = {cell["name"]: cell["num_states"] for cell in _C.cells()}
+_HAS_FACTORS = {cell["name"]: cell["num_late_gates"] == 0 for cell in _C.cells()}  # of those that come here
 _Results = tuple[Tensor, ...]
 _Dims = Sequence[Any]
 _TransformType = _functorch.TransformType
@@ -38,11 +40,11 @@ _vjp: Any = torch.func.vjp
 # Positions in the arguments of <cell>.
 _WEIGHTS = range(3, 8)
 _BATCH_SIZES, _LENGTHS, _RESETS, _REVERSE = 8, 9, 10, 11
-_DEFAULTS = (None, None, None, False)  # of those four
-_NUM_ARGUMENTS = 12
+_DEFAULTS = (None, None, None, False, None, None, None, None)  # of those four, and what plain calls do not have
+_NUM_ARGUMENTS, _NUM_PLAIN = 16, 12
 # In those of _<cell>_backward: three gradients, the arguments of <cell>, what the forward saved, and these two.
-_LEADING, _SAVED = slice(3, 3 + _NUM_ARGUMENTS), slice(15, 18)
-_NEEDS, _GRAD_ALL_C = 18, 19
+_LEADING, _SAVED = slice(3, 3 + _NUM_ARGUMENTS), slice(3 + _NUM_ARGUMENTS, 6 + _NUM_ARGUMENTS)
+_NEEDS, _GRAD_ALL_C = 6 + _NUM_ARGUMENTS, 7 + _NUM_ARGUMENTS
 
 
 def _op(name: str) -> Callable[..., _Results]:
@@ -255,8 +257,10 @@ def _vmap_backward(cell: str, size: int, dims: _Dims, arguments: Sequence[Any]) 
         return tuple(result for result, _ in unfolded), tuple(dim for _, dim in unfolded)
 
     tensors = [tensor for tensor in folded if isinstance(tensor, Tensor)]
-    if torch._C._are_functorch_transforms_active() or (
-        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if (
+        not _HAS_FACTORS[cell]
+        or torch._C._are_functorch_transforms_active()
+        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
     ):
         return _loop(_backward_from_scratch(cell), size, arguments, dims)
     return _per_sample(cell, size, folded)
@@ -319,6 +323,7 @@ def _per_sample(cell: str, size: int, folded: Sequence[Any]) -> tuple[_Results, 
     for i, make in zip(_WEIGHTS, makers, strict=True):
         exists = needs[i] and folded[3 + i] is not None
         results.append((make(), 0) if exists else (weight_ih.new_empty(0), None))
+    results.append((weight_ih.new_empty(0), None))  # weight_ch: not here
     return tuple(result for result, _ in results), tuple(dim for _, dim in results)
 
 
@@ -351,8 +356,9 @@ class _Scan(torch.autograd.Function):
         arguments, saved = ctx.saved_tensors[:_REVERSE], ctx.saved_tensors[_REVERSE:]
         needs = tuple(ctx.needs_input_grad[1:9])
         of_all_c = given[3] if len(given) == 4 else None
-        results = _apply(_ScanBackward, ctx.cell, *given[:3], *arguments, ctx.reverse, *saved, needs, of_all_c)
-        return (None, *(result if need else None for result, need in zip(results, needs, strict=True)), *unused)
+        plain = (*arguments, ctx.reverse, *_DEFAULTS[4:])
+        results = _apply(_ScanBackward, ctx.cell, *given[:3], *plain, *saved, (*needs, False), of_all_c)
+        return (None, *(result if need else None for result, need in zip(results, needs, strict=False)), *unused)
 
     @staticmethod
     def rule(name: str, size: int, dims: _Dims, arguments: Sequence[Any]) -> tuple[_Results, _Dims]:
@@ -369,11 +375,11 @@ class _ScanBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Results) -> None:
         cell, *arguments = inputs
-        ctx.cell, ctx.reverse, ctx.needs = cell, arguments[14], arguments[_NEEDS]
+        ctx.cell, ctx.reverse, ctx.needs = cell, arguments[3 + _REVERSE], arguments[_NEEDS]
         ctx.save_for_backward(*arguments[:14], arguments[_GRAD_ALL_C])
         unwanted = [
             result
-            for result, need, primal in zip(output, ctx.needs, arguments[3:11], strict=True)
+            for result, need, primal in zip(output, ctx.needs, (*arguments[3:11], None), strict=True)
             if not need or primal is None
         ]
         ctx.mark_non_differentiable(*unwanted)
@@ -450,7 +456,8 @@ def _transform(cell: str, with_all_c: bool = False) -> Callable[..., _Results]:
         # The dispatcher leaves out trailing arguments that have their default.
         arguments = (*given, *_DEFAULTS[len(given) - _NUM_ARGUMENTS :]) if len(given) < _NUM_ARGUMENTS else given
         kinds = [interpreter.key() for interpreter in _functorch.get_interpreter_stack() or []]
-        if _TransformType.Jvp in kinds:
+        is_plain = all(argument is None for argument in arguments[_NUM_PLAIN:])
+        if not is_plain or _TransformType.Jvp in kinds:
             if not _is_real(arguments[0]):
                 _check_tokens(name, arguments[0], arguments[_WEIGHTS[0]])
             return by_reference(*arguments, with_all_c=with_all_c)

@@ -14,6 +14,9 @@ import torch
 from strategies import DIFFERENTIABLE, OUTPUTS, Call
 from torch import Tensor
 
+from rnnfast import reference
+
+TORCH_CELLS = ["rnn_tanh", "rnn_relu", "gru", "lstm"]
 FLOOR = {torch.float32: 8.0, torch.bfloat16: 0.5, torch.float16: 0.5}
 Results = dict[str, Tensor]
 
@@ -74,7 +77,12 @@ def largest(values: Tensor) -> float:
 
 
 def torch_op(cell: str) -> Callable[..., tuple[Tensor, ...]]:
-    """What torch.nn computes, with the signature of our op; a reversed sequence is a second direction's share."""
+    """What torch.nn computes, with the signature of our op; a reversed sequence is a second direction's share.
+
+    For the cells that torch.nn has not it is ATen's operations one by one.
+    """
+    if cell not in TORCH_CELLS:
+        return reference.CELLS[cell]
 
     def op(
         input: Tensor,

@@ -29,6 +29,16 @@ CELL_MODULES: dict[str, tuple[str, dict[str, Any]]] = {
     "gru": ("GRUCell", {}),
     "lstm": ("LSTMCell", {}),
 }
+# The cells that torch.nn has not, by name: class, options, number of gates.
+OPTIONS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "gru_before": ("GRU", {"reset_after": False}, 3),
+    "gru_reset": ("GRU", {"gates": "reset"}, 2),
+    "gru_reset_before": ("GRU", {"gates": "reset", "reset_after": False}, 2),
+    "gru_update": ("GRU", {"gates": "update"}, 2),
+    "lstm_coupled": ("LSTM", {"coupled": True}, 3),
+    "lstm_coupled_peephole": ("LSTM", {"coupled": True, "peephole": True}, 3),
+    "lstm_peephole": ("LSTM", {"peephole": True}, 4),
+}
 CLASSES = ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"]
 KINDS = ["batched", "unbatched", "packed", "packed_unsorted"]
 LENGTHS = {"packed": [4, 4, 2, 1], "packed_unsorted": [2, 4, 1, 4]}
@@ -44,6 +54,12 @@ def pair(cell: str, *sizes: int, modules: dict[str, tuple[str, dict[str, Any]]] 
     ours = getattr(rnnfast, name)(*(sizes or (I, H)), **always, **options)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
+
+
+def make(cell: str, *sizes: int, **options: Any) -> Any:
+    """Our layer of any cell."""
+    name, always = (LAYERS | {cell: (class_name, own) for cell, (class_name, own, _) in OPTIONS.items()})[cell]
+    return getattr(rnnfast, name)(*(sizes or (I, H)), **(always | options))
 
 
 def make_input(kind: str, module: nn.RNNBase, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:

@@ -21,7 +21,9 @@ BATCHES = [1, 2, 3, 5, 6, 7, 8, 9, 13, 17]
 INPUT_SIZES = [1, 3, 8, 17, 33]
 MAX_STEPS = 6
 LAYOUTS = ["contiguous", "transposed", "sliced", "strided", "expanded"]
-DIFFERENTIABLE = ("input", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+POSITIONAL = ("input", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+DIFFERENTIABLE = (*POSITIONAL, "weight_ch")
+MASKS = ("recurrent_mask", "zoneout_h", "zoneout_c")
 OUTPUTS = ("output", "h_n", "c_n")
 
 
@@ -52,16 +54,21 @@ class Call:
 
     def __call__(self, op: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Call the op (or the reference), all arguments by position but the options."""
-        return op(*self.positional(), **self.options)
+        return op(*self.positional(), **self.keywords())
 
     def positional(self) -> list[Tensor | None]:
-        """The eight tensors of the schema."""
-        return [self.tensors.get(name) for name in DIFFERENTIABLE]
+        """The first eight tensors of the schema."""
+        return [self.tensors.get(name) for name in POSITIONAL]
+
+    def keywords(self) -> dict[str, Any]:
+        """The options, and weight_ch where there is one."""
+        return self.options | {name: self.tensors[name] for name in ("weight_ch",) if name in self.tensors}
 
     def everything(self) -> list[Any]:
-        """All twelve arguments of the schema."""
-        options = {"batch_sizes": None, "lengths": None, "resets": None, "reverse": False} | self.options
-        return [*self.positional(), *options.values()]
+        """All sixteen arguments of the schema."""
+        order: dict[str, Any] = {"batch_sizes": None, "lengths": None, "resets": None, "reverse": False}
+        order |= dict.fromkeys(("weight_ch", *MASKS))
+        return [*self.positional(), *(order | self.keywords()).values()]
 
     def op(self) -> Callable[..., tuple[Tensor, ...]]:
         """The fused op of this cell."""
@@ -75,12 +82,14 @@ class Call:
         """The same call on a device (strides are kept on the CPU only; batch sizes and lengths stay there)."""
         if device == "cpu":
             return self
-        moved = {name: value.to(device) for name, value in self.options.items() if name == "resets"}
+        moved = {name: value.to(device) for name, value in self.options.items() if name in ("resets", *MASKS)}
         return replace(self, tensors={n: t.to(device) for n, t in self.tensors.items()}, options=self.options | moved)
 
     def to(self, dtype: torch.dtype) -> Call:
         """The same values, contiguous, in another dtype."""
-        return replace(self, tensors={n: t.detach().to(dtype).contiguous() for n, t in self.tensors.items()})
+        masks = {name: value.to(dtype) for name, value in self.options.items() if name in MASKS}
+        tensors = {n: t.detach().to(dtype).contiguous() for n, t in self.tensors.items()}
+        return replace(self, tensors=tensors, options=self.options | masks)
 
     def with_grad(self, *names: str) -> Call:
         """The same tensors as leaves, with gradients for those named (all when none is)."""
@@ -106,6 +115,7 @@ class Case:
     reverse: bool = False
     lengths: tuple[int, ...] | None = None  # of a packed batch too: there non-increasing and at least 1
     resets: bool = False
+    masks: frozenset[str] = frozenset()
     input_layout: str = "contiguous"
     state_layout: str = "contiguous"
     weight_layout: str = "contiguous"
@@ -153,6 +163,16 @@ class Case:
             tensors["bias_hh"] = laid_out(weight(rows), self.weight_layout)
         if self.P is not None:
             tensors["weight_hr"] = laid_out(weight(self.P, self.H), self.weight_layout)
+        if cell.num_peepholes:
+            tensors["weight_ch"] = laid_out(weight(cell.num_peepholes * self.H), self.weight_layout)
+        shares = torch.rand(*shape[:-1], self.H, generator=generator, dtype=torch.float64)
+        for name in sorted(self.masks):
+            if name == "recurrent_mask":  # 0 or 1.5, which every dtype holds
+                kept = torch.rand(self.N, state_size, generator=generator) < 0.7
+                options[name] = laid_out(kept.to(dtype) * 1.5, self.state_layout)
+            else:  # of three units one stays, one is new, one is a mixture
+                options[name] = laid_out((shares * 3 - 1).clamp(0, 1).to(dtype), self.input_layout)
+                shares = shares.flip(-1)
         return Call(self.cell, tensors, options)
 
     def leaves(self) -> list[str]:
@@ -178,7 +198,7 @@ def cases(draw: st.DrawFn, cell: str, *, empty: bool = True, plain: bool = False
     N = draw(st.sampled_from(BATCHES + ([0] if empty and kind == "padded" else [])))
     H = draw(st.sampled_from(HIDDEN_SIZES))
     P = None
-    if cell == "lstm" and H > 1 and draw(st.booleans()):
+    if reference.CELLS[cell].num_states == 2 and H > 1 and draw(st.booleans()):
         P = draw(st.sampled_from(sorted({1, H // 2 or 1, H - 1})))
     lengths = None
     if kind == "packed":
@@ -187,6 +207,10 @@ def cases(draw: st.DrawFn, cell: str, *, empty: bool = True, plain: bool = False
     elif kind == "padded" and not plain and draw(st.booleans()):
         lengths = tuple(draw(st.lists(st.integers(0, T), min_size=N, max_size=N)))
     layouts = st.sampled_from(LAYOUTS if expanded else LAYOUTS[:-1])
+    masks: frozenset[str] = frozenset()
+    if not plain and draw(st.booleans()):
+        possible = [*(["recurrent_mask"] if P else MASKS[: 1 + reference.CELLS[cell].num_states])]
+        masks = draw(st.frozensets(st.sampled_from(possible)))
     return Case(
         cell=cell,
         T=T,
@@ -201,6 +225,7 @@ def cases(draw: st.DrawFn, cell: str, *, empty: bool = True, plain: bool = False
         reverse=draw(st.booleans()),
         lengths=lengths,
         resets=kind == "padded" and not plain and draw(st.booleans()),
+        masks=masks,
         input_layout=draw(layouts),
         state_layout=draw(layouts),
         weight_layout=draw(layouts),

@@ -449,7 +449,9 @@ def test_features_from_end_to_end(tmp_path):
         rows = list(csv.DictReader(file))
     common = [("resets", "plain"), ("resets", "loop"), ("lengths", "packing"), ("lengths", "plain")]
     every = [("gru", *pair) for pair in common]
+    every += [("gru", name, "plain") for name in features.OPTIONS["GRU"]]
     every += [("lstm", *pair) for pair in [*common, ("cells", "plain"), ("cells", "loop")]]
+    every += [("lstm", name, "plain") for name in features.OPTIONS["LSTM"]]
     assert [(row["cell"], row["feature"], row["against"]) for row in rows] == every
     assert all(row["status"] == "ok" and float(row["rnnfast_ms"]) > 0 for row in rows)
     assert json.loads((tmp_path / "features-quick-cpu-float32-1t.json").read_text())["threads"] == 1
@@ -463,7 +465,7 @@ def test_features_gives_no_time_for_a_wrong_result(monkeypatch, tmp_path, capsys
     arguments = ["--quick", "--cells", "gru", "--modes", "training", "--seconds", "0.01", "--output", str(tmp_path)]
     assert features.main(arguments) == 1
     captured = capsys.readouterr()
-    assert "wrong: differs by" in captured.out and "1 of 4 rows have wrong results" in captured.err
+    assert "wrong: differs by" in captured.out and "1 of 9 rows have wrong results" in captured.err
 
 
 def test_transforms_from_end_to_end(tmp_path):

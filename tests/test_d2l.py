@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import rnnfast
-
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
@@ -60,10 +58,6 @@ def tiny(monkeypatch, book):
         )
 
 
-def has_variants():
-    return "reset_after" in d2l.inspect.signature(rnnfast.GRU.__init__).parameters
-
-
 def run(tmp_path, name, *arguments):
     work = tmp_path / "work"
     status = d2l.main([name, "--work", str(work), *arguments])
@@ -82,8 +76,6 @@ def results(work, stem):
 @pytest.mark.parametrize("impl", ["rnnfast", "torch"])
 @pytest.mark.parametrize("name", list(d2l.EXPERIMENTS))
 def test_each_experiment_from_end_to_end(tiny, tmp_path, capsys, name, impl):
-    if name == "gates" and impl == "rnnfast" and not has_variants():
-        pytest.skip("this version of rnnfast has no GRU with reset_after= and gates=")
     status, work = run(tmp_path, name, "--impl", impl)
     assert status == 0
     stem = f"d2l-{name}-{impl}"
@@ -223,14 +215,6 @@ def test_a_text_that_is_too_short_is_refused(tmp_path, capsys):
         d2l.main(["cells", "--corpus", str(tmp_path / "short.txt"), "--work", str(tmp_path)])
     assert status.value.code == 2
     assert "has 380 tokens, 'rnn' needs 15065" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(has_variants(), reason="this version of rnnfast has them")
-def test_variants_that_are_not_there_are_refused(tiny, tmp_path, capsys):
-    with pytest.raises(SystemExit) as status:
-        run(tmp_path, "gates")
-    assert status.value.code == 2
-    assert "this version of rnnfast has no GRU with reset_after= and gates=" in capsys.readouterr().err
 
 
 def test_help_names_every_experiment(capsys):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pairs import CELL_MODULES, LAYERS, H, I, N, T, make_input, make_state, pair
+from pairs import CELL_MODULES, LAYERS, H, I, N, T, make, make_input, make_state, pair
 from torch import nn
 
 import rnnfast
@@ -85,7 +85,7 @@ def test_training_and_inference(layer):
 def test_saved_bytes_are_true(cell, dtype):
     """What autograd keeps besides arguments and outputs is what explain says, per step, sequence and unit."""
     steps, batch, hidden = 6, 5, 64
-    module = pair(cell, I, hidden, dtype=dtype)[1]
+    module = make(cell, I, hidden, dtype=dtype)
     x = torch.randn(steps, batch, I).to(dtype)
     saved: dict[int, torch.Tensor] = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(id(t), t), lambda t: t):
@@ -119,7 +119,7 @@ def test_threads(cell):
 
 def test_does_not_run(cell):
     """Only shapes matter: an input far too large to compute with is explained at once, and nothing is drawn."""
-    module = pair(cell, num_layers=2, dropout=0.5)[1]
+    module = make(cell, num_layers=2, dropout=0.5)
     x = torch.zeros(1).expand(2**20, 2**10, I)
     before = torch.get_rng_state()
     assert rnnfast.explain(module, x).plans[0].sizes["T"] == 2**20

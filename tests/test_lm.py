@@ -43,6 +43,8 @@ def token_call(cell, steps, batch, kinds, hidden, *, bias=True, kind="padded", r
         shapes |= {"bias_ih": (gates,), "bias_hh": (gates,)}
     if reference.CELLS[cell].num_states == 2:
         shapes["c0"] = (batch, hidden)
+    if reference.CELLS[cell].num_peepholes:
+        shapes["weight_ch"] = (reference.CELLS[cell].num_peepholes * hidden,)
     tensors = {name: torch.randn(shape, dtype=dtype, requires_grad=True) for name, shape in shapes.items()}
     options = {"reverse": reverse}
     tokens = torch.randint(kinds, (steps, batch))
@@ -92,7 +94,7 @@ def test_tokens_with_two_threads(cell):
 @pytest.mark.parametrize("kind", ["padded", "packed", "step"])
 def test_tokens_pass_opcheck_and_double_backward(cell, kind):
     tokens, dense = token_call(cell, 3, 2, 5, 4, kind=kind)
-    torch.library.opcheck(tokens.op(), tuple(tokens.positional()), tokens.options)
+    torch.library.opcheck(tokens.op(), tuple(tokens.positional()), tokens.keywords())
 
     def second(call):
         output = call(call.op())[0]
@@ -104,6 +106,7 @@ def test_tokens_pass_opcheck_and_double_backward(cell, kind):
         torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.few_cells
 @pytest.mark.parametrize("token", [-1, 28, 2**62, -(2**62)])
 @pytest.mark.parametrize("kind", ["padded", "packed", "step"])
 def test_tokens_out_of_range_are_an_index_error(cell, token, kind):
@@ -113,6 +116,7 @@ def test_tokens_out_of_range_are_an_index_error(cell, token, kind):
         call(call.op())
 
 
+@pytest.mark.few_cells
 @pytest.mark.parametrize("shape", [(2, 3, 4), ()])
 def test_tokens_of_a_wrong_rank(cell, shape):
     call, _ = token_call(cell, 2, 3, 5, 4)
@@ -655,7 +659,7 @@ def test_loss_refuses():
 
 def test_the_loops_check_what_python_did_not():
     """The ops behind generate and forecast may be called by anyone."""
-    weights = [*rnnfast.GRU(V, 6).parameters(), None]
+    weights = [*rnnfast.GRU(V, 6).parameters(), None, None, None, None]
     output = torch.nn.Linear(6, V)
     finished = torch.zeros(2, dtype=torch.bool)
 
@@ -680,12 +684,13 @@ def test_the_loops_check_what_python_did_not():
         ({"p": 0.0}, "top_p"),
         ({"stop": V}, "stop_token"),
         ({"h": torch.zeros(2, 2, 6)}, r"h: expected \[L, N"),
-        ({"weights": weights[:3]}, "weights: expected 5 for each layer"),
-        ({"weights": []}, "weights: expected 5 for each layer"),
+        ({"weights": weights[:3]}, "weights: expected 8 for each layer"),
+        ({"weights": []}, "weights: expected 8 for each layer"),
     ):
         with pytest.raises(ValueError, match=match):
             write(**changes)
-    narrow = [*rnnfast.GRU(V - 3, 6).parameters(), None]  # fewer columns to look up than tokens to choose from
+    # fewer columns to look up than tokens to choose from
+    narrow = [*rnnfast.GRU(V - 3, 6).parameters(), None, None, None, None]
     certain = torch.zeros(2, V)
     certain[1, V - 1] = 9.0
     with pytest.raises(IndexError, match=f"input: expected tokens from 0 to {V - 4}, .* got {V - 1}"):

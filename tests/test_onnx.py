@@ -22,6 +22,7 @@ LAYERS = {
     "RNN-relu": ("RNN", 1, lambda: rnnfast.RNN(I, H, nonlinearity="relu", bias=False)),
     "GRU": ("GRU", 1, lambda: rnnfast.GRU(I, H)),
     "GRU-deep": ("GRU", 4, lambda: rnnfast.GRU(I, H, num_layers=2, bidirectional=True, batch_first=True)),
+    "GRU-before": ("GRU", 2, lambda: rnnfast.GRU(I, H, bidirectional=True, reset_after=False)),
     "LSTM": ("LSTM", 1, lambda: rnnfast.LSTM(I, H)),
     "LSTM-deep": ("LSTM", 4, lambda: rnnfast.LSTM(I, H, num_layers=2, bidirectional=True)),
     "RNNCell": ("RNN", 1, lambda: rnnfast.RNNCell(I, H)),
@@ -78,7 +79,7 @@ def test_export(layer, with_state):
     program = export(model, arguments)
     check_nodes(program, node, count)
     check_results(program, model, arguments)
-    directions = 2 if layer.endswith("-deep") else 1
+    directions = 2 if getattr(model.layer, "bidirectional", False) else 1
     assert rnnfast.onnx.join_directions(program) == (count // 2 if directions == 2 else 0)
     check_nodes(program, node, count // directions)
     check_results(program, model, arguments)
@@ -171,6 +172,16 @@ def test_directions_that_depend_are_not_joined():
 def test_projection_is_refused():
     """The error says what cannot be and what to do instead."""
     check_refused(Model(rnnfast.LSTM(I, H, proj_size=2)), "no projection: export a layer without proj_size")
+
+
+@pytest.mark.parametrize("options", [{"gates": "reset"}, {"gates": "reset", "reset_after": False}, {"gates": "update"}])
+def test_cells_without_a_node_are_refused(options):
+    """ONNX's GRU has both of its gates."""
+    check_refused(Model(rnnfast.GRU(I, H, **options)), "ONNX has no node for this cell")
+
+
+def test_a_coupled_lstm_is_refused():
+    check_refused(Model(rnnfast.LSTM(I, H, coupled=True)), "lstm_coupled: ONNX has no node for this cell")
 
 
 def test_return_cells_is_refused():

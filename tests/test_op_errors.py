@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from strategies import Call, Case
+from strategies import MASKS, Call, Case
 from test_ops import backward_arguments, backward_op, forward_op
 from torch import Tensor
 
@@ -13,6 +13,8 @@ from rnnfast.reference import CELLS as REFERENCES
 ERRORS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
 T, N, I, H, P = 4, 3, 5, 6, 2  # noqa: E741  (the letter of the whole code base)
 Change = Callable[[Tensor], Tensor | None]
+
+pytestmark = pytest.mark.few_cells
 
 
 def valid(cell: str, kind: str = "padded") -> Call:
@@ -23,7 +25,7 @@ def valid(cell: str, kind: str = "padded") -> Call:
         N=N,
         I=I,
         H=H,
-        P=P if cell == "lstm" else None,
+        P=P if REFERENCES[cell].num_states == 2 else None,
         kind="padded" if kind in ("lengths", "resets") else kind,
         lengths=lengths,
         resets=kind == "resets",
@@ -64,7 +66,7 @@ WRONG: dict[str, Change] = {
     "sparse": lambda t: t.to_sparse(),
     "meta": lambda t: t.to("meta"),
 }
-TENSORS = ["input", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"]
+TENSORS = ["input", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "weight_ch"]
 # These leave a valid call: another number of steps, or of features that agrees with what the others say.
 ALLOWED = {("input", "one longer first"), ("input", "one shorter first")}
 
@@ -75,7 +77,7 @@ def test_wrong_tensor(cell, name, change):
     """Rank, sizes, dtype, layout, device of each tensor."""
     call = valid(cell)
     if name not in call.tensors:
-        assert name in ("c0", "weight_hr")
+        assert name in ("c0", "weight_hr", "weight_ch")
         return
     call.tensors[name] = WRONG[change](call.tensors[name])
     if (name, change) in ALLOWED:
@@ -278,6 +280,8 @@ def test_sizes_that_overflow(cell, sizes, match, states):
             tensors["c0"] = expanded(size["N"], size["H"])
     tensors["weight_ih"] = expanded(gates * size["H"], size["I"])
     tensors["weight_hh"] = expanded(gates * size["H"], size["H"])
+    if REFERENCES[cell].num_peepholes:
+        tensors["weight_ch"] = expanded(REFERENCES[cell].num_peepholes * size["H"])
     call = Call(cell, tensors)
     with pytest.raises(ERRORS, match=match):
         call(call.op())
@@ -301,8 +305,8 @@ def test_rows_of_a_packed_batch_that_overflow(cell):
 # The backward op, called by hand.
 
 NUM_GRADS = 3
-BACKWARD_NAMES = ["grad_output", "grad_h_n", "grad_c_n", *TENSORS, "batch_sizes", "lengths", "resets", "reverse"]
-BACKWARD_NAMES += ["gates", "cells", "hidden", "needs"]
+BACKWARD_NAMES = ["grad_output", "grad_h_n", "grad_c_n", *TENSORS[:8], "batch_sizes", "lengths", "resets", "reverse"]
+BACKWARD_NAMES += ["weight_ch", *MASKS, "gates", "cells", "hidden", "needs"]
 
 
 def test_backward_op_accepts_its_own_arguments(cell):
@@ -336,7 +340,7 @@ def test_wrong_tensor_in_backward(cell, name, change):
 
 
 def test_wrong_needs(cell):
-    """Not eight answers."""
+    """Not nine answers."""
     *arguments, needs = backward_arguments(valid(cell))
     for wrong in (needs[:-1], [*needs, True], []):
         with pytest.raises(ERRORS):
@@ -356,3 +360,44 @@ def test_saved_tensors_of_another_call(cell):
         arguments[index] = others[index]
         with pytest.raises(ERRORS, match=name):
             backward_op(cell)(*arguments)
+
+
+@pytest.mark.parametrize(
+    "change", ["one longer last", "one longer first", "no dimension", "a dimension more", "float32", "int64"]
+)
+@pytest.mark.parametrize("name", MASKS)
+def test_wrong_masks(cell, name, change):
+    """Masks of other shapes or dtypes; zoneout of a state that the cell has not."""
+    call = valid(cell)
+    if REFERENCES[cell].num_states == 2 and name != "recurrent_mask":  # these do not go with a projection
+        del call.tensors["weight_hr"]
+        call.tensors |= {
+            "h0": torch.randn(N, H, dtype=torch.float64),
+            "weight_hh": torch.randn_like(call.tensors["weight_ih"][:, :1]).expand(-1, H).contiguous(),
+        }
+    size = call.tensors["weight_hh"].shape[1]
+    call.options[name] = torch.ones((N, size) if name == "recurrent_mask" else (T, N, H), dtype=torch.float64)
+    if name == "zoneout_c" and REFERENCES[cell].num_states == 1:
+        refuse(call, "zoneout_c: this cell has no second state")
+        return
+    call(call.op())
+    call.options[name] = WRONG[change](call.options[name])
+    refuse(call, name)
+
+
+def test_masks_with_a_projection():
+    """Zoneout would mix states of two sizes."""
+    for name in MASKS[1:]:
+        call = valid("lstm")
+        call.options[name] = torch.ones(T, N, H, dtype=torch.float64)
+        refuse(call, f"{name}: not with weight_hr")
+
+
+def test_missing_and_superfluous_peepholes():
+    """A cell with peepholes needs their weights, another has none."""
+    call = valid("lstm_peephole")
+    weight_ch = call.tensors.pop("weight_ch")
+    refuse(call, r"weight_ch: expected the weights of the peepholes, \[V\*H\], got None")
+    call = valid("lstm")
+    call.tensors["weight_ch"] = weight_ch
+    refuse(call, "weight_ch: this cell has no peepholes; expected None")

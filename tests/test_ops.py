@@ -6,9 +6,9 @@ import torch.utils.checkpoint
 from agreement import assert_same, cotangent, evaluate
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import DIFFERENTIABLE, OUTPUTS, Call, Case, cases
+from strategies import DIFFERENTIABLE, MASKS, OUTPUTS, Call, Case, cases
 
-from rnnfast import ops
+from rnnfast import _C, ops
 from rnnfast.reference import CELLS as REFERENCES
 
 VARIANTS = {
@@ -20,12 +20,20 @@ VARIANTS = {
     "lengths_resets": Case("", N=3, T=3, I=2, H=2, lengths=(2, 0, 3), resets=True),
     "lengths_resets_reverse": Case("", N=3, T=3, I=2, H=2, P=1, lengths=(2, 0, 3), resets=True, reverse=True),
     "step": Case("", N=2, I=2, H=3, P=2, kind="step"),
+    "masks": Case("", N=3, T=3, I=2, H=2, lengths=(2, 0, 3), resets=True, masks=frozenset(MASKS)),
+    "masks_reverse": Case("", N=2, T=3, I=2, H=3, reverse=True, masks=frozenset(MASKS)),
+    "masks_packed": Case("", N=3, T=3, I=2, H=2, kind="packed", lengths=(3, 2, 2), masks=frozenset(MASKS)),
+    "mask_projected": Case("", N=2, T=3, I=2, H=3, P=2, masks=frozenset(MASKS[:1])),
 }
+
+HAS_FACTORS = [c["name"] for c in _C.cells() if not (c["num_late_gates"] or c["num_peepholes"])]
 
 
 def variant_call(name: str, cell: str, dtype: torch.dtype = torch.float64) -> Call:
     values = vars(VARIANTS[name]) | {"cell": cell}
-    return Case(**(values if cell == "lstm" else values | {"P": None})).call(dtype)
+    if REFERENCES[cell].num_states == 1:
+        values |= {"P": None, "masks": values["masks"] - {"zoneout_c"}}
+    return Case(**values).call(dtype)
 
 
 def forward_op(cell: str):
@@ -40,7 +48,7 @@ def backward_arguments(call: Call) -> list:
     """A valid call of the backward op, from a run of the forward op."""
     output, h_n, c_n, *saved = forward_op(call.cell)(*call.everything())
     grads = [cotangent(output), cotangent(h_n), cotangent(c_n) if c_n.dim() == 2 else None]
-    needs = [tensor is not None for tensor in call.positional()]
+    needs = [name in call.tensors for name in DIFFERENTIABLE]
     return [*grads, *call.everything(), *saved, needs]
 
 
@@ -63,7 +71,8 @@ def test_opcheck_internal(cell, device, variant):
     torch.library.opcheck(forward_op(cell), tuple(call.everything()), test_utils=checks)
     arguments = tuple(backward_arguments(call))
     torch.library.opcheck(backward_op(cell), arguments, test_utils=checks)
-    torch.library.opcheck(getattr(torch.ops.rnnfast, f"_{cell}_backward_factors"), arguments, test_utils=checks)
+    if cell in HAS_FACTORS:
+        torch.library.opcheck(getattr(torch.ops.rnnfast, f"_{cell}_backward_factors"), arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("leading", [(), (5,)], ids=str)
@@ -81,22 +90,26 @@ def test_sample_products(leading):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_backward_factors(cell, kernel, variant):
-    """The products of the factors, summed over all rows, are the weight gradients."""
+    """The products of the factors, summed over all rows, are the weight gradients; other cells have no such op."""
+    if cell not in HAS_FACTORS:
+        assert not hasattr(torch.ops.rnnfast, f"_{cell}_backward_factors")
+        return
     check_factors(cell, variant_call(variant, cell).on(kernel))
 
 
 @pytest.mark.parametrize("batch", [1, 4, 30])
-def test_backward_factors_with_all_c(kernel, batch):
+@pytest.mark.parametrize("name", [name for name in HAS_FACTORS if REFERENCES[name].num_states == 2])
+def test_backward_factors_with_all_c(kernel, name, batch):
     """The same with a gradient of all c: of few rows, whose weights are read in place, and of many."""
     for options in ({}, {"P": 3, "reverse": True}, {"lengths": (3,) * batch, "resets": True}):
-        call = Case("lstm", T=4, N=batch, H=17, **options).call().on(kernel)
+        call = Case(name, T=4, N=batch, H=17, **options).call().on(kernel)
         grad_all_c = cotangent(torch.empty(4, batch, 17, dtype=torch.float64))
-        check_factors("lstm", call, grad_all_c=grad_all_c)
+        check_factors(name, call, grad_all_c=grad_all_c)
 
 
 def check_factors(cell, call, **options) -> None:
     arguments = backward_arguments(call)
-    *states, w_ih, w_hh, b_ih, b_hh, w_hr = backward_op(cell)(*arguments, **options)
+    *states, w_ih, w_hh, b_ih, b_hh, w_hr, _ = backward_op(cell)(*arguments, **options)
     *same_states, dgates_ih, dgates_hh, h_prev, dprojected, h_raw = getattr(
         torch.ops.rnnfast, f"_{cell}_backward_factors"
     )(*arguments, **options)
@@ -127,7 +140,9 @@ def test_gradcheck(cell, kernel, variant):
 
 def test_gradgradcheck_every_entry(cell, device):
     """The whole second-order Jacobian, not a random projection of it."""
-    call = Case(cell, N=2, T=2, I=1, H=2, P=1 if cell == "lstm" else None).call().on(device).with_grad()
+    call = (
+        Case(cell, N=2, T=2, I=1, H=2, P=1 if REFERENCES[cell].num_states == 2 else None).call().on(device).with_grad()
+    )
     names = list(call.tensors)
 
     def function(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -183,6 +198,7 @@ def test_output_layout(cell, device):
 # What autograd asks of an op.
 
 
+@pytest.mark.few_cells
 @pytest.mark.parametrize("used", OUTPUTS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_some_outputs_used(cell, kernel, variant, used):
@@ -204,9 +220,9 @@ def test_some_outputs_used(cell, kernel, variant, used):
 @pytest.mark.parametrize("wanted", DIFFERENTIABLE)
 def test_gradient_of_one_tensor_alone(cell, kernel, wanted):
     """Each gradient by itself is the one computed with all the others."""
-    call = Case(cell, T=5, N=7, I=9, H=17, P=8 if cell == "lstm" else None).call().on(kernel)
+    call = Case(cell, T=5, N=7, I=9, H=17, P=8 if REFERENCES[cell].num_states == 2 else None).call().on(kernel)
     if wanted not in call.tensors:
-        assert wanted in ("c0", "weight_hr")
+        assert wanted in ("c0", "weight_hr", "weight_ch")
         return
     alone = evaluate(call.with_grad(wanted), call.op())
     together = evaluate(call.with_grad(), call.op())
@@ -214,6 +230,7 @@ def test_gradient_of_one_tensor_alone(cell, kernel, wanted):
     assert len([name for name in alone if name.startswith("grad_")]) == 1
 
 
+@pytest.mark.few_cells
 def test_retain_graph(cell, kernel):
     """A second walk over the same graph gives the same gradients; without retain_graph it is refused."""
     call = Case(cell, N=9, H=17).call(torch.float32).on(kernel).with_grad()
@@ -226,6 +243,7 @@ def test_retain_graph(cell, kernel):
         torch.autograd.grad(loss, leaves)
 
 
+@pytest.mark.few_cells
 @pytest.mark.parametrize("kind", ["expanded", "transposed", "strided"])
 def test_strides_of_incoming_gradients(cell, kernel, kind):
     """sum() sends back one number expanded over the whole output (stride 0); views send back their own strides."""
@@ -251,10 +269,11 @@ def test_strides_of_incoming_gradients(cell, kernel, kind):
         torch.testing.assert_close(have, want, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.few_cells
 @pytest.mark.parametrize("changed", ["input", "h0", "c0", "weight_ih", "weight_hh", "weight_hr"])
 def test_in_place_change_is_detected(cell, device, changed):
     """What backward reads must not have changed since forward: torch says so instead of giving wrong gradients."""
-    call = Case(cell, P=3 if cell == "lstm" else None).call().on(device).with_grad()
+    call = Case(cell, P=3 if REFERENCES[cell].num_states == 2 else None).call().on(device).with_grad()
     if changed not in call.tensors:
         assert changed in ("c0", "weight_hr")
         return
@@ -266,6 +285,7 @@ def test_in_place_change_is_detected(cell, device, changed):
         torch.autograd.grad(loss, list(leaves.values()))
 
 
+@pytest.mark.few_cells
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_in_place_change_of_an_output(cell, device, index):
     """Either refused, or harmless because backward does not read that tensor; never a wrong gradient."""
@@ -349,6 +369,7 @@ def test_no_unwritten_memory_is_read(cell, kernel, data):
     )
 
 
+@pytest.mark.few_cells
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_runs_are_bitwise_equal(cell, kernel, dtype, threads):
@@ -361,6 +382,7 @@ def test_runs_are_bitwise_equal(cell, kernel, dtype, threads):
         assert all(torch.equal(again[name], first[name]) for name in first)
 
 
+@pytest.mark.few_cells
 def test_arguments_are_left_alone(cell, kernel):
     """Forward and backward write to none of their arguments."""
     call = Case(cell, N=9, H=17, lengths=(4, 2, 0, 3, 1, 4, 2, 3, 4), resets=True).call().on(kernel)

@@ -49,7 +49,13 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients(cell, variant):
     """First and second derivatives against finite differences."""
-    case = Case(**{**vars(VARIANTS[variant]), "cell": cell, "P": 1 if cell == "lstm" and variant != "plain" else None})
+    case = Case(
+        **{
+            **vars(VARIANTS[variant]),
+            "cell": cell,
+            "P": 1 if reference.CELLS[cell].num_states == 2 and variant != "plain" else None,
+        }
+    )
     call = case.call().with_grad()
     names = list(call.tensors)
 
@@ -67,7 +73,14 @@ def test_lengths_are_packing_without_sorting(cell, data):
     """A padded batch with lengths gives each sequence what it gets alone; what lies in the padding does not matter."""
     T, lengths = 5, data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4))
     reverse = data.draw(st.booleans())
-    case = Case(cell, T=T, N=len(lengths), lengths=tuple(lengths), reverse=reverse, P=2 if cell == "lstm" else None)
+    case = Case(
+        cell,
+        T=T,
+        N=len(lengths),
+        lengths=tuple(lengths),
+        reverse=reverse,
+        P=2 if reference.CELLS[cell].num_states == 2 else None,
+    )
     call = case.call()
     for n, length in enumerate(lengths):
         call.tensors["input"][length:, n] = float("nan")
@@ -77,11 +90,14 @@ def test_lengths_are_packing_without_sorting(cell, data):
         assert torch.equal(results["output"][length:, n], torch.zeros(T - length, case.P or case.H).double())
         alone = {name: t[n : n + 1] if name in ("h0", "c0") else t.detach() for name, t in call.tensors.items()}
         state = [alone["h0"], alone.get("c0")]
+        weight_ch = alone.pop("weight_ch", None)
         weights = list(alone.values())[1 + sum(s is not None for s in state) :]
         if length == 0:
             torch.testing.assert_close(results["h_n"][n : n + 1], alone["h0"])
             continue
-        single = reference.CELLS[cell](alone["input"][:length, n : n + 1], *state, *weights, reverse=reverse)
+        single = reference.CELLS[cell](
+            alone["input"][:length, n : n + 1], *state, *weights, reverse=reverse, weight_ch=weight_ch
+        )
         torch.testing.assert_close(results["output"][:length, n : n + 1], single[0])
         torch.testing.assert_close(results["h_n"][n : n + 1], single[1])
     assert all(gradient.isfinite().all() for gradient in results.values())
@@ -100,7 +116,7 @@ def test_resets_cut_the_sequence(cell, reverse):
     results = []
     for index, piece in enumerate(pieces):
         state = (h0, c0) if index == first_met else (None, None)
-        results.append(op(piece, *state, *weights, reverse=reverse))
+        results.append(op(piece, *state, *weights, reverse=reverse, weight_ch=call.tensors.get("weight_ch")))
     torch.testing.assert_close(whole[0], torch.cat([results[0][0], results[1][0]]))
     for name, have, want in zip(OUTPUTS[1:], whole[1:], results[1 - first_met][1:], strict=True):
         torch.testing.assert_close(have, want, msg=lambda m, n=name: f"{n}: {m}")

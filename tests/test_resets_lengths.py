@@ -258,7 +258,7 @@ def test_empty_batch():
 def all_c_results(call, op, **options):
     """Outputs of an op that also returns all_c, and the gradients of one loss that mixes them."""
     outputs = dict(
-        zip(("output", "h_n", "c_n", "all_c"), op(*call.positional(), **call.options, **options), strict=True)
+        zip(("output", "h_n", "c_n", "all_c"), op(*call.positional(), **call.keywords(), **options), strict=True)
     )
     leaves = {n: call.tensors[n] for n in DIFFERENTIABLE if n in call.tensors and call.tensors[n].requires_grad}
     if leaves:
@@ -328,7 +328,7 @@ def test_only_cells_with_c_have_it(cell):
         call = Case(cell).call()
         saved = forward(*call.everything())[3:]
         with pytest.raises(ValueError, match=r"grad_all_c.*no second state"):
-            backward(None, None, None, *call.everything(), *saved, [True] * 8, torch.ones(4, 3, 5, dtype=F64))
+            backward(None, None, None, *call.everything(), *saved, [True] * 9, torch.ones(4, 3, 5, dtype=F64))
 
 
 @settings(max_examples=10)

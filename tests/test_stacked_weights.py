@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from agreement import cotangent
-from strategies import Call, Case
+from strategies import MASKS, Call, Case
 from test_ops import backward_op, forward_op
 
 from rnnfast.reference import CELLS as REFERENCES
 
 E, T, N, I, H = 3, 4, 6, 3, 17  # noqa: E741  (the letter of the whole code base)
-WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "weight_ch")
 VARIANTS = {
     "padded": {},
     "reverse": {"reverse": True},
@@ -20,12 +20,16 @@ VARIANTS = {
     "packed": {"kind": "packed", "lengths": (4, 4, 4, 2, 2, 2)},
     "lengths": {"lengths": (4, 0, 2, 1, 3, 4), "resets": True},
     "tokens": {},
+    "masks": {"masks": frozenset(MASKS)},
+    "packed-masks": {"kind": "packed", "lengths": (4, 4, 4, 2, 2, 2), "masks": frozenset(MASKS)},
 }
 
 
 def stacked(cell: str, variant: str, **options) -> Call:
     """A call of E members in float64."""
     sizes = {"T": T, "N": N, "I": I, "H": H} | VARIANTS[variant] | options
+    possible = MASKS[: 1 + REFERENCES[cell].num_states]
+    sizes["masks"] = frozenset(possible) & sizes.get("masks", frozenset())
     members = [Case(cell, seed=seed, **sizes).call() for seed in range(E)]
     call = members[0]
     for name in WEIGHTS:
@@ -52,6 +56,9 @@ def member(call: Call, e: int) -> Call:
     for name in ("lengths", "resets"):
         if name in options:
             options[name] = options[name][..., e::E]
+    for name in MASKS:
+        if name in options:
+            options[name] = options[name][..., e::E, :]
     return replace(call, tensors=tensors, options=options)
 
 
@@ -80,6 +87,7 @@ def test_members(cell, kernel, variant, threads):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.few_cells
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_modes_reach_all_threads(cell, mode):
     """Parameters under inference_mode and no_grad: what the members' own threads make has no history either."""
@@ -108,6 +116,7 @@ def test_all_c_and_projection(variant):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.few_cells
 def test_16_bits(cell):
     """The dtype of the results is that of the arguments."""
     call = stacked(cell, "padded").to(torch.bfloat16)
@@ -130,6 +139,7 @@ def test_derivatives(cell):
     assert torch.autograd.gradgradcheck(function, leaves, atol=1e-4)
 
 
+@pytest.mark.few_cells
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_opcheck(cell, variant):
     """Schema, registration and fake kernels know stacked weights."""
@@ -140,11 +150,12 @@ def test_opcheck(cell, variant):
     arguments = call.everything()
     saved = forward_op(cell)(*arguments)
     grads = [cotangent(y) if y.numel() else None for y in saved[:3]]
-    needs = [t is not None and t.is_floating_point() for t in call.positional()]
+    needs = [t is not None and t.is_floating_point() for t in (*call.positional(), call.tensors.get("weight_ch"))]
     everything = (*grads, *arguments, *saved[3:], needs)
     torch.library.opcheck(backward_op(cell), everything, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.few_cells
 @pytest.mark.parametrize(
     ("name", "change", "match"),
     [
@@ -175,6 +186,7 @@ def test_refusals(cell, name, change, match):
         call.with_grad()(call.op())
 
 
+@pytest.mark.few_cells
 @pytest.mark.parametrize(
     ("variant", "name", "value", "match"),
     [
@@ -182,6 +194,9 @@ def test_refusals(cell, name, change, match):
         ("packed", "batch_sizes", torch.tensor([6.0, 6.0]), r"batch_sizes: expected int64"),
         ("lengths", "lengths", torch.tensor([4, 4]), r"lengths: expected 1 dimension, a multiple of E = 3, got \[2\]"),
         ("lengths", "resets", torch.zeros(4, 5, dtype=torch.bool), r"resets: expected 2 dimensions, the last a mult"),
+        ("masks", "recurrent_mask", torch.ones(4, 17), r"recurrent_mask: expected 2 dimensions, the first a multiple"),
+        ("masks", "zoneout_h", torch.ones(4, 5, 17), r"zoneout_h: expected 2 or 3 dimensions, the last but one a mult"),
+        ("masks", "zoneout_h", torch.ones(4, 3, 17).double(), r"zoneout_h: expected \[T, N, H\] = \[4, 2, 17\]"),
     ],
 )
 def test_refused_options(cell, variant, name, value, match):
@@ -191,12 +206,13 @@ def test_refused_options(cell, variant, name, value, match):
         call(call.op())
 
 
+@pytest.mark.few_cells
 def test_refused_gradients(cell):
     """The gradients that the backward op is given are checked as its other arguments are."""
     call = stacked(cell, "padded")
     arguments = call.everything()
     saved = forward_op(cell)(*arguments)
-    needs = [t is not None for t in call.positional()]
+    needs = [t is not None for t in (*call.positional(), call.tensors.get("weight_ch"))]
     for grad, match in (
         (saved[0][0, 0], r"grad_output: expected at least 2 dimensions, got \[17\]"),
         (saved[0][1:], r"grad_output: expected \[T, N, P\]"),

@@ -35,6 +35,11 @@ MODULES = {
     "LSTM": lambda **k: rnnfast.LSTM(I, H, **k),
     "LSTM-cells": lambda **k: AllCells(I, H, num_layers=2, bidirectional=True, **k),
     "LSTM-projected": lambda **k: rnnfast.LSTM(I, H, proj_size=2, bidirectional=True, **k),
+    "GRU-before": lambda **k: rnnfast.GRU(I, H, reset_after=False, bidirectional=True, **k),
+    "GRU-reset": lambda **k: rnnfast.GRU(I, H, gates="reset", **k),
+    "LSTM-peephole": lambda **k: rnnfast.LSTM(I, H, peephole=True, bidirectional=True, **k),
+    "LSTM-zoneout": lambda **k: rnnfast.LSTM(I, H, zoneout=(0.2, 0.5), recurrent_dropout=0.5, **k).eval(),
+    "LSTM-coupled": lambda **k: rnnfast.LSTM(I, H, coupled=True, **k),
     "RNNCell": lambda **k: rnnfast.RNNCell(I, H, **k),
     "GRUCell": lambda **k: rnnfast.GRUCell(I, H, **k),
     "LSTMCell": lambda **k: rnnfast.LSTMCell(I, H, **k),
@@ -408,15 +413,17 @@ def test_tokens(cell, lengths):
     """Tokens in every transform are the one-hot rows they stand for."""
     size, states = 6, REFERENCES[cell].num_states
     gates = REFERENCES[cell].num_gates * H
-    weights = tuple(
-        torch.randn(*shape, dtype=torch.float64) for shape in ((gates, size), (gates, H), (gates,), (gates,))
-    )
+    shapes: list[tuple[int, ...]] = [(gates, size), (gates, H), (gates,), (gates,)]
+    if REFERENCES[cell].num_peepholes:
+        shapes.append((REFERENCES[cell].num_peepholes * H,))
+    weights = tuple(torch.randn(*shape, dtype=torch.float64) for shape in shapes)
     h0 = torch.randn(N, H, dtype=torch.float64)
     op = getattr(torch.ops.rnnfast, cell)
     options = {} if lengths is None else {"lengths": torch.tensor(lengths)}
 
     def run(weights, h0, tokens):
-        return op(tokens, h0, None, *weights, None, **options)[: 1 + states]
+        peepholes = dict(zip(["weight_ch"], weights[4:], strict=False))
+        return op(tokens, h0, None, *weights[:4], None, **options, **peepholes)[: 1 + states]
 
     def by_one_hot(weights, h0, tokens):
         return run(weights, h0, torch.eye(size, dtype=torch.float64)[tokens])

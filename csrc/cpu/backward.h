@@ -23,14 +23,17 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
   using Base::H;
   using Base::I;
   using Base::is_reset;
+  using Base::kEarlyGates;
   using Base::kGates;
   using Base::kLanes;
+  using Base::kLateGates;
   using Base::kPanelStride;
   using Base::kPanelVectors;
   using Base::kSlots;
   using Base::kUnits;
   using Base::ld_h;
   using Base::ld_p;
+  using Base::load_peepholes;
   using Base::load_state;
   using Base::load_units;
   using Base::N;
@@ -39,6 +42,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
   using Base::p;
   using Base::P;
   using Base::pack_backward;
+  using Base::pack_peepholes;
   using Base::pack_row;
   using Base::packed_product;
   using Base::panel_offset;
@@ -61,7 +65,8 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
   static constexpr int64_t kPanelWidth = kPanelVectors * kLanes;
 
   struct Scratch {
-    T *w_ih, *w_hh, *w_hr;        // panels for d = dgates W
+    T *w_ih, *w_hh, *w_hr;        // panels for d = dgates W; w_hh of the early gates
+    T *w_late, *dlate;            // panels of the late gates of W_hh; [N, ld_h] gradient of what they were fed
     T *h0, *c0;                   // [N, ld_p], [N, ld_h]
     T* zeros;                     // [max(ld_h, ld_p)]
     T *dh, *dc;                   // [N, ld_p], [N, ld_h]: gradient of the state, carried from step to step
@@ -69,19 +74,25 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
     T* dgates;                    // [chunk rows, gate_row]
     T* dprojected;                // [chunk rows, ld_p] gradient of the projected h
     T *input, *h_prev, *dproj_t;  // transposed chunk: [I, chunk rows], [P, chunk rows], [P, chunk rows]
+    T* late;                      // [P, chunk rows] transposed, what the late gates were fed
+    T* w_ch;                      // [kPeepholes, ld_h]
+    T* dw_ch;                     // [kPeepholes, ld_h]
+    T *mask, *dmasked;            // [N, ld_p] recurrent_mask, and the gradient of its product with h
     T* panels;                    // [threads][kPanelRows, kMaxPanel, kLanes]
-    T* hidden;                    // [threads][kUnits, ld_h], or [kInPlaceRows, ld_h]: h recomputed from the cell
-    T *dw_ih, *dw_hh;             // [gate_panels, I, kPanelWidth], [gate_panels, P, kPanelWidth]
-    T *db_ih, *db_hh;             // [gate_panels, kPanelWidth]
-    T* dw_hr;                     // [P, ld_h]
-    int64_t rows;                 // leading dimension of the transposed chunk
+    T* hidden;         // [threads][kUnits, ld_buffer], or [kInPlaceRows, ld_buffer]: what the products were taken of
+    T *dw_ih, *dw_hh;  // [gate_panels, I, kPanelWidth], [gate_panels, P, kPanelWidth]
+    T *db_ih, *db_hh;  // [gate_panels, kPanelWidth]
+    T* dw_hr;          // [P, ld_h]
+    int64_t rows;      // leading dimension of the transposed chunk
     int64_t size;
     Scratch(const SequenceBackward& d, T* base) {
       Arena<T> arena{base};
       // an odd number of lines: a power of two would send every row of the transposed chunk to the same cache sets
       rows = (ceil_div(d.p.plan.chunk_steps * d.N, kUnits) | 1) * kUnits;
       w_ih = arena.take(d.p.dinput.data ? d.backward_panels_size(d.I) : 0);
-      w_hh = arena.take(d.backward_panels_size(d.P));
+      w_hh = arena.take(d.backward_panels_size(d.P, kEarlyGates));
+      w_late = arena.take(kLateGates ? d.backward_panels_size(d.P, kLateGates) : 0);
+      dlate = arena.take(kLateGates ? d.N * d.ld_h : 0);
       w_hr = arena.take(d.projected ? d.column_panels(d.H) * column_panel_size(d.P) : 0);
       h0 = arena.take(d.N * d.ld_p);
       c0 = arena.take(Cell::kHasCell ? d.N * d.ld_h : 0);
@@ -94,9 +105,14 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
       const bool packed = d.p.plan.packed;
       input = arena.take(packed && d.p.dw_ih && !d.p.tokens.data ? d.I * rows : 0);
       h_prev = arena.take(packed && d.p.dw_hh ? d.P * rows : 0);
+      late = arena.take(kLateGates && packed && d.p.dw_hh ? d.P * rows : 0);
       dproj_t = arena.take(d.p.dw_hr ? d.P * rows : 0);
+      w_ch = arena.take(Cell::kPeepholes * d.ld_h);
+      dw_ch = arena.take(Cell::kPeepholes * d.ld_h);
+      mask = arena.take(d.p.recurrent_mask ? d.N * d.ld_p : 0);
+      dmasked = arena.take(d.p.recurrent_mask ? d.N * d.ld_p : 0);
       panels = arena.take(d.p.plan.threads * kPanelRows * kMaxPanel * kLanes);
-      hidden = arena.take(max(d.p.plan.threads * kUnits, kInPlaceRows) * d.ld_h);
+      hidden = arena.take(max(d.p.plan.threads * kUnits, kInPlaceRows) * d.ld_buffer());
       const int64_t width = d.gate_panels * kPanelWidth;
       dw_ih = arena.take(packed && d.p.dw_ih ? d.I * width : 0);
       dw_hh = arena.take(packed && d.p.dw_hh ? d.P * width : 0);
@@ -106,6 +122,8 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
       size = arena.used;
     }
   };
+
+  int64_t ld_buffer() const { return max(ld_h, ld_p); }
 
   // Row of the step that came before t for sequence j, or -1: it started there.
   int64_t row_before(int64_t t, int64_t j) const {
@@ -122,7 +140,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
     if (is_reset(t, j)) return s.zeros;
     const int64_t before = row_before(t, j);
     if (before < 0) return s.h0 + j * ld_p;
-    if (Cell::kHidden == Hidden::kSaved || projected) return p.hidden + before * ld_p;
+    if (Cell::kHidden == Hidden::kSaved || projected || p.keep_h.data || p.keep_c.data) return p.hidden + before * ld_p;
     if (Cell::kHidden == Hidden::kSlot) return p.gates + before * gate_row;
     return recompute_hidden(before, 0, unit_vectors, buffer);
   }
@@ -135,6 +153,24 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
         for (int i = 0; i < kSlots; ++i) slot[i] = load(p.gates + r * gate_row + unit_offset(v, kSlots, i));
         store(buffer + v * kLanes, Cell::output(slot, load(p.cells + r * ld_h + v * kLanes)));
       }
+    return buffer;
+  }
+
+  // What the recurrent product was taken of at step t: h before it, or h times its mask; `buffer` [ld_buffer].
+  const T* recurrent_input(const Scratch& s, int64_t t, int64_t j, T* buffer) const {
+    const T* h = hidden_before(s, t, j, buffer);
+    if (!p.recurrent_mask) return h;
+    for (int64_t i = 0; i < ld_p; ++i) buffer[i] = s.mask[j * ld_p + i] * h[i];
+    return buffer;
+  }
+  // The same of the late gates.
+  const T* late_input(const Scratch& s, int64_t t, int64_t j, T* buffer) const {
+    if constexpr (kLateGates > 0) {
+      const T *h = recurrent_input(s, t, j, buffer), *gates = p.gates + row(t, j) * gate_row;
+      for (int64_t v = 0; v < unit_vectors; ++v)
+        store(buffer + v * kLanes,
+              Cell::recomputed_late_input(load(gates + unit_offset(v, kSlots, 0)), load(h + v * kLanes)));
+    }
     return buffer;
   }
 
@@ -177,6 +213,8 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
       const T* dy = projected || !p.doutput.data ? nullptr : outside(p.doutput, t, j);
       T* dc = Cell::kHasCell ? s.dc + j * ld_h : nullptr;
       const T* dall_c = Cell::kHasCell && p.dall_c.data ? outside(p.dall_c, t, j) : nullptr;
+      const T* keep_h = p.keep_h.data ? outside(p.keep_h, t, j) : nullptr;
+      const T* keep_c = Cell::kHasCell && p.keep_c.data ? outside(p.keep_c, t, j) : nullptr;
       for (int64_t v = v0; v < v1; ++v) {
         const int64_t u = v * kLanes;
         V slot[kSlots];
@@ -185,9 +223,18 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
         V dh_v = load(dh + u), dc_v = Cell::kHasCell ? load(dc + u) : V{}, dh_prev;
         if (dy) dh_v += load_units(dy, u, H);
         if (dall_c) dc_v += load_units(dall_c, u, H);
+        V c_v = Cell::kHasCell ? load(c + u) : V{}, kept_dh{}, kept_dc{}, w[Cell::kPeepholes + 1];
+        load_peepholes(s.w_ch, u, w);
+        if (keep_h) kept_dh = load_units(keep_h, u, H) * dh_v, dh_v -= kept_dh;
+        if constexpr (Cell::kHasCell)
+          if (keep_c) {  // what was kept is c after the mixture
+            kept_dc = load_units(keep_c, u, H) * dc_v, dc_v -= kept_dc;
+            c_v = Cell::next_cell(slot, load(c_prev + u));
+          }
         Cell::backward(slot, Cell::kHidden == Hidden::kSaved ? load(h_prev + u) : V{},
-                       Cell::kHasCell ? load(c_prev + u) : V{}, Cell::kHasCell ? load(c + u) : V{}, dh_v, dc_v,
-                       dh_prev);
+                       Cell::kHasCell ? load(c_prev + u) : V{}, c_v, dh_v, dc_v, dh_prev, w);
+        if (keep_h) dh_prev += kept_dh;
+        if (keep_c) dc_v += kept_dc;
 #pragma GCC unroll 8
         for (int i = 0; i < kSlots; ++i) store(dgates + unit_offset(v, kSlots, i), slot[i]);
         if (Cell::kHasCell) store(dc + u, dc_v);
@@ -196,7 +243,41 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
     }
   }
 
-  // dh += dgates W_hh for column panels [panel0, panel1).
+  // dlate = dgates W_hh over the late gates, for column panels [panel0, panel1).
+  void backward_late_product(const Scratch& s, int64_t t0, int64_t t, int64_t j0, int64_t j1, int64_t panel0,
+                             int64_t panel1) const {
+    const int64_t last = min(j1, p.active[t]);
+    for (int64_t j = j0; j < last; j += kRowBatch) {
+      const int64_t n = min(kRowBatch, last - j);
+      const T* a[kRowBatch];
+      T* c[kRowBatch];
+      for (int64_t i = 0; i < n; ++i)
+        a[i] = chunk_gates(s, t0, t, j + i) + (Cell::kRecurrent + kEarlyGates) * kUnits,
+        c[i] = s.dlate + (j + i) * ld_h;
+      gradient_product(n, p.w_hh, s.w_late, Cell::kRecurrentGates + kEarlyGates, P, panel0, panel1, true,
+                       RowOperands<T>{a, nullptr, c, 0, 0}, kLateGates);
+    }
+  }
+  // The gate that made the late gates' input, and its share of dh, for vectors of units [v0, v1).
+  void backward_late_cells(const Scratch& s, int64_t t0, int64_t t, int64_t j0, int64_t j1, int64_t v0,
+                           int64_t v1) const {
+    for (int64_t j = j0; j < min(j1, p.active[t]); ++j) {
+      const T* h = hidden_before(s, t, j, nullptr);
+      T* dgates = chunk_gates(s, t0, t, j);
+      T* dh = s.dh + j * ld_p;
+      for (int64_t v = v0; v < v1; ++v) {
+        const int64_t u = v * kLanes;
+        V slot = load(dgates + unit_offset(v, kSlots, 0));
+        const V dlate = load_units(s.dlate + j * ld_h, u, H);
+        V h_v = load(h + u), mask = V{} + 1;
+        if (p.recurrent_mask) mask = load(s.mask + j * ld_p + u), h_v *= mask;
+        store(dh + u, load(dh + u) + mask * Cell::backward_late(slot, h_v, dlate));
+        store(dgates + unit_offset(v, kSlots, 0), slot);
+      }
+    }
+  }
+
+  // dh += dgates W_hh over the early gates, for column panels [panel0, panel1).
   void backward_hidden(const Scratch& s, int64_t t0, int64_t t, int64_t j0, int64_t j1, int64_t panel0,
                        int64_t panel1) const {
     const int64_t last = min(j1, p.active[t]);
@@ -205,9 +286,14 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
       const T* a[kRowBatch];
       T* c[kRowBatch];
       for (int64_t i = 0; i < n; ++i)
-        a[i] = chunk_gates(s, t0, t, j + i) + Cell::kRecurrent * kUnits, c[i] = s.dh + (j + i) * ld_p;
+        a[i] = chunk_gates(s, t0, t, j + i) + Cell::kRecurrent * kUnits,
+        c[i] = (p.recurrent_mask ? s.dmasked : s.dh) + (j + i) * ld_p;
       gradient_product(n, p.w_hh, s.w_hh, Cell::kRecurrentGates, P, panel0, panel1, true,
-                       RowOperands<T>{a, projected ? nullptr : c, c, 0, 0});
+                       RowOperands<T>{a, projected || p.recurrent_mask ? nullptr : c, c, 0, 0}, kEarlyGates);
+      if (!p.recurrent_mask) continue;
+      const int64_t first = first_column(P, panel0), end = min(first_column(P, panel1), P);
+      for (int64_t i = j * ld_p; i < (j + n) * ld_p; i += ld_p)
+        for (int64_t u = i + first; u < i + end; ++u) s.dh[u] = (projected ? T{} : s.dh[u]) + s.mask[u] * s.dmasked[u];
     }
   }
 
@@ -259,7 +345,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
         const T* dgates = s.dgates + (r + i) * gate_row;
         unpack_row(dgates, Cell::kInputGates, Cell::kInput, outside(p.dgates_ih, t[i], j[i]));
         unpack_row(dgates, Cell::kRecurrentGates, Cell::kRecurrent, outside(p.dgates_hh, t[i], j[i]));
-        copy(outside(p.h_prev, t[i], j[i]), hidden_before(s, t[i], j[i], buffer), P);
+        copy(outside(p.h_prev, t[i], j[i]), recurrent_input(s, t[i], j[i], buffer), P);
         if (!projected) continue;
         copy(outside(p.dprojected, t[i], j[i]), s.dprojected + (r + i) * ld_p, P);
         copy(outside(p.h_raw, t[i], j[i]), recompute_hidden(p.first_row[t0] + r + i, 0, unit_vectors, buffer), H);
@@ -275,8 +361,12 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
         transpose_rows(rows, n, I, s.input + r, s.rows, false);
       }
       if (p.plan.packed && p.dw_hh) {
-        for (int64_t i = 0; i < n; ++i) rows[i] = hidden_before(s, t[i], j[i], buffer + i * ld_h);
+        for (int64_t i = 0; i < n; ++i) rows[i] = recurrent_input(s, t[i], j[i], buffer + i * ld_buffer());
         transpose_rows(rows, n, P, s.h_prev + r, s.rows, false);
+        if (kLateGates > 0) {
+          for (int64_t i = 0; i < n; ++i) rows[i] = late_input(s, t[i], j[i], buffer + i * ld_buffer());
+          transpose_rows(rows, n, P, s.late + r, s.rows, false);
+        }
       }
       if (p.dw_hr) {
         for (int64_t i = 0; i < n; ++i) rows[i] = s.dprojected + (r + i) * ld_p;
@@ -313,11 +403,11 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
     });
   }
 
-  // Copies a panel of the chunk's dgates, rows [first, first + rows), and adds its column sums to the bias gradient
-  // unless that is null.
-  void gate_gradient_panel(const Scratch& s, int64_t first, int64_t rows, int64_t panel, int first_slot, T* dst,
-                           T* db) const {
-    const int nr = panel_vectors(panel);
+  // Copies `gates` gates of a panel of the chunk's dgates, rows [first, first + rows), and adds the column sums to the
+  // bias gradient unless that is null.
+  void gate_gradient_panel(const Scratch& s, int64_t first, int64_t rows, int64_t panel, int first_slot, T* dst, T* db,
+                           int gates = kGates) const {
+    const int nr = panel_vectors(panel, gates);
     const T* src = s.dgates + first * gate_row + panel_offset(panel, kSlots, first_slot);
     V sum[kPanelVectors] = {};
     for (int64_t r = 0; r < rows; ++r, src += gate_row)
@@ -336,7 +426,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
   // dW_hh^T, one after the other.
   void chunk_weights(const Scratch& s, int64_t t0, int64_t rows, int64_t panel, int64_t part, int64_t parts,
                      T* buffer) const {
-    const bool same = Cell::kInput == Cell::kRecurrent;  // then one copy serves both products and both biases
+    constexpr bool same = Cell::kInput == Cell::kRecurrent;  // then one copy serves both products and both biases
     const int nr = panel_vectors(panel);
     const int64_t inputs = p.dw_ih && !p.tokens.data ? I : 0, total = inputs + (p.dw_hh ? P : 0);
     const int64_t begin = total * part / parts, end = total * (part + 1) / parts;
@@ -351,7 +441,16 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
       accumulate(s, begin, min(end, inputs), s.input + r, n, nr, buffer, dw_ih, kPanelWidth);
       if (!same && (first || end > inputs))
         gate_gradient_panel(s, r, n, panel, Cell::kRecurrent, buffer, first ? s.db_hh : nullptr);
-      accumulate(s, max(begin, inputs) - inputs, end - inputs, s.h_prev + r, n, nr, buffer, dw_hh, kPanelWidth);
+      const int64_t h_begin = max(begin, inputs) - inputs, h_end = end - inputs;
+      if constexpr (kLateGates == 0) {
+        accumulate(s, h_begin, h_end, s.h_prev + r, n, nr, buffer, dw_hh, kPanelWidth);
+      } else if (h_begin < h_end) {  // each product needs its gates side by side
+        static_assert(same, "the bias gradients are those of the copy above");
+        gate_gradient_panel(s, r, n, panel, Cell::kRecurrent, buffer, nullptr, kEarlyGates);
+        accumulate(s, h_begin, h_end, s.h_prev + r, n, kEarlyGates, buffer, dw_hh, kPanelWidth);
+        gate_gradient_panel(s, r, n, panel, Cell::kRecurrent + kEarlyGates, buffer, nullptr, kLateGates);
+        accumulate(s, h_begin, h_end, s.late + r, n, kLateGates, buffer, dw_hh + kEarlyGates * kLanes, kPanelWidth);
+      }
     }
   }
 
@@ -371,12 +470,46 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
     }
   }
 
+  // The chunk's part of the gradients of the peepholes' weights, vectors of units [v0, v1): the sum over its rows of
+  // what each slot got times the c that it saw.
+  void chunk_peepholes(const Scratch& s, int64_t t0, int64_t rows, int64_t v0, int64_t v1) const {
+    if constexpr (Cell::kPeepholes > 0)
+      each_row_batch(t0, 0, rows, kRowBatch, [&](int64_t r, int64_t n, const int64_t* t, const int64_t* j) {
+        const T* c_prev[kRowBatch];
+        for (int64_t i = 0; i < n; ++i) c_prev[i] = cell_before(s, t[i], j[i]);
+        for (int64_t v = v0; v < v1; ++v) {
+          V sum[Cell::kPeepholes] = {};
+          for (int64_t i = 0; i < n; ++i) {
+            const T* dgates = s.dgates + (r + i) * gate_row;
+            const int64_t global = p.first_row[t0] + r + i;
+            const V before = load(c_prev[i] + v * kLanes);
+            V after;
+            if (p.keep_c.data) {
+              V slot[kSlots];
+              for (int q = 0; q < kSlots; ++q) slot[q] = load(p.gates + global * gate_row + unit_offset(v, kSlots, q));
+              after = Cell::next_cell(slot, before);
+            } else {
+              after = load(p.cells + global * ld_h + v * kLanes);
+            }
+            for (int k = 0; k < Cell::kPeepholes; ++k)
+              sum[k] += load(dgates + unit_offset(v, kSlots, Cell::kPeepholeSlots[k])) *
+                        (k + 1 < Cell::kPeepholes ? before : after);
+          }
+          for (int k = 0; k < Cell::kPeepholes; ++k) {
+            T* out = s.dw_ch + k * ld_h + v * kLanes;
+            store(out, load(out) + sum[k]);
+          }
+        }
+      });
+  }
+
   // The weight gradients of a call with few rows, straight to their place: row g*H + u of dW_ih is the sum over the
   // rows r of dgates[r, u, g] * x_r, of dW_hh the same with h_prev. Tokens, or null, stand for one-hot rows `left`.
   // Gates' units [begin, end).
   void direct_weights(int64_t rows, const T* dgates, const T* const* left, const int64_t* tokens, int64_t K,
-                      const int* gate_of, int first_slot, T* dw, T* db, int64_t begin, int64_t end) const {
-    for (int q = 0; q < kGates; ++q)
+                      const int* gate_of, int first_slot, T* dw, T* db, int64_t begin, int64_t end,
+                      int gates = kGates) const {
+    for (int q = 0; q < gates; ++q)
       for (int64_t u = begin; u < end; ++u) {
         const T* d = dgates + u / kUnits * kSlots * kUnits + (first_slot + q) * kUnits + u % kUnits;
         if (db) {
@@ -413,15 +546,24 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
           tokens[i] = *outside(p.tokens, t[i], j[i]);
         else
           x[i] = outside(p.input, t[i], j[i]);
-        if (p.dw_hh) h[i] = hidden_before(s, t[i], j[i], s.hidden + i * ld_h);
+        if (p.dw_hh) h[i] = recurrent_input(s, t[i], j[i], s.hidden + i * ld_buffer());
       }
     });
     parallel(H, [&](int64_t begin, int64_t end) {
       direct_weights(rows, s.dgates, x, p.tokens.data ? tokens : nullptr, I, Cell::kInputGates, Cell::kInput, p.dw_ih,
                      p.db_ih, begin, end);
       direct_weights(rows, s.dgates, h, nullptr, P, Cell::kRecurrentGates, Cell::kRecurrent, p.dw_hh, p.db_hh, begin,
-                     end);
+                     end, kEarlyGates);
     });
+    if constexpr (kLateGates > 0) {
+      each_row_batch(0, 0, rows, kInPlaceRows, [&](int64_t, int64_t n, const int64_t* t, const int64_t* j) {
+        for (int64_t i = 0; i < n && p.dw_hh; ++i) h[i] = late_input(s, t[i], j[i], s.hidden + i * ld_buffer());
+      });
+      parallel(H, [&](int64_t begin, int64_t end) {
+        direct_weights(rows, s.dgates, h, nullptr, P, Cell::kRecurrentGates + kEarlyGates,
+                       Cell::kRecurrent + kEarlyGates, p.dw_hh, p.db_hh, begin, end, kLateGates);
+      });
+    }
   }
 
   // [gate_panels, K, kPanelWidth] transposed and unpadded to torch's [G*H, K]; with K = 1 a bias.
@@ -451,6 +593,10 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
         divide(column_panels(H), [&](int64_t a, int64_t b) { backward_projection(s, t, j0, j1, a, b); });
       }
       divide(unit_vectors, [&](int64_t a, int64_t b) { backward_cells(s, t0, t, j0, j1, a, b); });
+      if constexpr (kLateGates > 0) {
+        divide(column_panels(P), [&](int64_t a, int64_t b) { backward_late_product(s, t0, t, j0, j1, a, b); });
+        divide(unit_vectors, [&](int64_t a, int64_t b) { backward_late_cells(s, t0, t, j0, j1, a, b); });
+      }
       if (step > 0 || p.dh0)
         divide(column_panels(P), [&](int64_t a, int64_t b) { backward_hidden(s, t0, t, j0, j1, a, b); });
       apply_resets(s.dh, s.dc, t, j0, j1);
@@ -461,7 +607,8 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
     const Scratch s(*this, p.scratch);
     const int threads = p.plan.threads;
     if (p.dinput.data) pack_backward(p.w_ih, I, Cell::kInputGates, s.w_ih);
-    pack_backward(p.w_hh, P, Cell::kRecurrentGates, s.w_hh);
+    pack_backward(p.w_hh, P, Cell::kRecurrentGates, s.w_hh, kEarlyGates);
+    if constexpr (kLateGates > 0) pack_backward(p.w_hh, P, Cell::kRecurrentGates + kEarlyGates, s.w_late, kLateGates);
     if (projected)
       for (int64_t panel = 0; panel < column_panels(H); ++panel)
         for (int64_t k = 0, nr = column_vectors(H, panel); k < P; ++k)
@@ -481,6 +628,9 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
       zero(s.db_hh, width);
     }
     if (p.dw_hr) zero(s.dw_hr, P * ld_h);
+    pack_peepholes(s.w_ch);
+    zero(s.dw_ch, Cell::kPeepholes * ld_h);
+    if (p.recurrent_mask) load_state(p.recurrent_mask, P, s.mask, 0, N);
 
     for (int64_t s1 = T_; s1 > 0;) {
       const int64_t s0 = max(0, s1 - p.plan.chunk_steps);
@@ -496,13 +646,15 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
           const int64_t parts = min(threads, n);
           for (int64_t i = begin; i < end; ++i)
             body(n * i / parts, n * (i + 1) / parts, s.panels + i * kPanelRows * kMaxPanel * kLanes,
-                 s.hidden + i * kUnits * ld_h);
+                 s.hidden + i * kUnits * ld_buffer());
         });
       };
       if (p.dinput.data && !p.plan.packed)  // few rows: each thread takes columns, and reads only those of W_ih
         parallel(column_panels(I), [&](int64_t begin, int64_t end) { chunk_dinput(s, t0, 0, rows, begin, end); });
       if (p.dinput.data || p.dw_ih || p.dw_hh || p.dw_hr || p.dgates_ih.data)
         each_worker(rows, [&](int64_t begin, int64_t end, T*, T* hidden) { chunk_rows(s, t0, begin, end, hidden); });
+      if (p.dw_ch)
+        parallel(unit_vectors, [&](int64_t begin, int64_t end) { chunk_peepholes(s, t0, rows, begin, end); });
       if (weights && !p.plan.packed) direct_weights(s, rows);
       if (weights && p.plan.packed) {
         // Few panels do not share out evenly; their rows do.
@@ -526,6 +678,8 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
       unpack_gates(s.db_ih, 1, Cell::kInputGates, p.db_ih);
       unpack_gates(Cell::kInput == Cell::kRecurrent ? s.db_ih : s.db_hh, 1, Cell::kRecurrentGates, p.db_hh);
     }
+    if (p.dw_ch)
+      for (int64_t k = 0; k < Cell::kPeepholes; ++k) copy(p.dw_ch + k * H, s.dw_ch + k * ld_h, H);
     if (p.dw_hr)
       for (int64_t i = 0; i < P; ++i) copy(p.dw_hr + i * H, s.dw_hr + i * ld_h, H);
   }

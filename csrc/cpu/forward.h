@@ -22,19 +22,24 @@ struct SequenceForward : SequenceLayout<Cell, T> {
   using Base::gate_row;
   using Base::H;
   using Base::I;
+  using Base::kEarlyGates;
   using Base::kGates;
   using Base::kLanes;
+  using Base::kLateGates;
   using Base::kPanelStride;
   using Base::kSlots;
   using Base::ld_h;
   using Base::ld_p;
+  using Base::load_peepholes;
   using Base::load_state;
+  using Base::load_units;
   using Base::N;
   using Base::outside;
   using Base::p;
   using Base::P;
   using Base::pack_bias;
   using Base::pack_gates;
+  using Base::pack_peepholes;
   using Base::pack_projection;
   using Base::packed_product;
   using Base::panel_offset;
@@ -55,23 +60,32 @@ struct SequenceForward : SequenceLayout<Cell, T> {
   using typename Base::V;
 
   struct Scratch {
-    T *w_ih, *w_hh, *w_hr;  // panels
+    T *w_ih, *w_hh, *w_hr;  // panels; w_hh of the early gates
+    T* w_late;              // panels of the late gates of W_hh
     T* bias;                // [gate_row]
     T* h[2];                // [N, ld_p]; step s reads h[s % 2] and writes the other
     T* c;                   // [N, ld_h]
     T* h_raw;               // [N, ld_h] h before the projection
+    T* late;                // [N, ld_h] what the late gates' product is taken of
+    T* w_ch;                // [kPeepholes, ld_h]
+    T *mask, *masked;       // [N, ld_p] recurrent_mask, and its product with h
     T* gates;               // [chunk_steps * N, gate_row] when they are not kept
     int64_t size;
     Scratch(const SequenceForward& d, T* base) {
       Arena<T> arena{base};
       const bool packed = d.p.plan.packed;
       w_ih = arena.take(packed ? d.gate_panels * d.gate_panel_size(d.I) : 0);
-      w_hh = arena.take(packed ? d.gate_panels * d.gate_panel_size(d.P) : 0);
+      w_hh = arena.take(packed ? d.gate_panels * d.gate_panel_size(d.P, kEarlyGates) : 0);
+      w_late = arena.take(packed && kLateGates ? d.gate_panels * d.gate_panel_size(d.P, kLateGates) : 0);
       w_hr = arena.take(d.projected ? d.column_panels(d.P) * column_panel_size(d.H) : 0);
       bias = arena.take(d.gate_row);
       for (T*& one : h) one = arena.take(d.N * d.ld_p);
       c = arena.take(Cell::kHasCell ? d.N * d.ld_h : 0);
       h_raw = arena.take(d.projected ? d.N * d.ld_h : 0);
+      late = arena.take(kLateGates ? d.N * d.ld_h : 0);
+      w_ch = arena.take(Cell::kPeepholes * d.ld_h);
+      mask = arena.take(d.p.recurrent_mask ? d.N * d.ld_p : 0);
+      masked = arena.take(d.p.recurrent_mask ? d.N * d.ld_p : 0);
       gates = arena.take(d.p.training ? 0 : d.p.plan.chunk_steps * d.N * d.gate_row);
       size = arena.used;
     }
@@ -145,24 +159,55 @@ struct SequenceForward : SequenceLayout<Cell, T> {
     }
   }
 
-  // One step of panels [panel0, panel1) of the units: recurrent product, cell, and the new state to all its places.
+  // One step of panels [panel0, panel1) of the units: recurrent product, cell, and the new state to all its places. A
+  // cell with late gates takes two passes: that of the other gates ends with what the late gates' product is taken of.
+  template <bool kLatePass>
   void step_units(const Scratch& s, const Chunk& chunk, int64_t step, int64_t j0, int64_t j1, int64_t panel0,
                   int64_t panel1) const {
+    constexpr int kFirst = kLatePass ? kEarlyGates : 0;
     const int64_t t = time(step), last = min(j1, p.active[t]);
+    const T* h = kLatePass ? s.late : recurrent_input(s, step);
     for (int64_t j = j0; j < last; j += kRowBatch) {
       const int64_t n = min(kRowBatch, last - j);
       const T* a[kRowBatch];
       T* c[kRowBatch];
-      for (int64_t i = 0; i < n; ++i) a[i] = s.h[step % 2] + (j + i) * ld_p, c[i] = gates_of(s, chunk, t, j + i);
+      for (int64_t i = 0; i < n; ++i) a[i] = h + (j + i) * ld_p, c[i] = gates_of(s, chunk, t, j + i);
       for (int64_t panel = panel0; panel < panel1; ++panel)
-        gate_product(n, P, p.w_hh, s.w_hh, Cell::kRecurrentGates, Cell::kRecurrent, panel,
-                     panel + 1 < panel1 ? panel + 1 : panel0, RowOperands<T>{a, c, c, 0, 0},
-                     [&](int64_t begin, int64_t end) {
-                       const int64_t v0 = first_unit(panel), v1 = first_unit(panel + 1);
-                       for (int64_t i = begin; i < end; ++i) step_cell(s, step, j + i, v0, v1, c[i]);
-                     });
+        gate_product(
+            n, P, p.w_hh, kLatePass ? s.w_late : s.w_hh, Cell::kRecurrentGates + kFirst, Cell::kRecurrent + kFirst,
+            panel, panel + 1 < panel1 ? panel + 1 : panel0, RowOperands<T>{a, c, c, 0, 0},
+            [&](int64_t begin, int64_t end) {
+              const int64_t v0 = first_unit(panel), v1 = first_unit(panel + 1);
+              for (int64_t i = begin; i < end; ++i) {
+                if constexpr (kLateGates > 0 && !kLatePass)
+                  step_late_input(s, step, j + i, v0, v1, c[i]);
+                else
+                  step_cell(s, step, j + i, v0, v1, c[i]);
+              }
+            },
+            kLatePass ? kLateGates : kEarlyGates);
     }
   }
+
+  // What the recurrent product is taken of, [N, ld_p]: h, or h times its mask.
+  const T* recurrent_input(const Scratch& s, int64_t step) const { return p.recurrent_mask ? s.masked : s.h[step % 2]; }
+  void mask_hidden(const Scratch& s, int64_t step, int64_t j0, int64_t j1) const {
+    if (!p.recurrent_mask) return;
+    const int64_t last = min(j1, p.active[time(step)]);
+    for (int64_t i = j0 * ld_p; i < last * ld_p; ++i) s.masked[i] = s.mask[i] * s.h[step % 2][i];
+  }
+
+  void step_late_input(const Scratch& s, int64_t step, int64_t j, int64_t v0, int64_t v1, T* gates) const {
+    const T* h = recurrent_input(s, step) + j * ld_p;
+    for (int64_t v = v0; v < v1; ++v) {
+      V slot = load(gates + unit_offset(v, kSlots, 0));
+      store(s.late + j * ld_h + v * kLanes, Cell::late_input(slot, load(h + v * kLanes)));
+      store(gates + unit_offset(v, kSlots, 0), slot);
+    }
+  }
+
+  // Exactly one of the two where the share is 0 or 1.
+  static V mixture(V share, V kept, V made) { return share * kept + (1 - share) * made; }
 
   void step_cell(const Scratch& s, int64_t step, int64_t j, int64_t v0, int64_t v1, T* gates) const {
     const int64_t t = time(step);
@@ -172,14 +217,19 @@ struct SequenceForward : SequenceLayout<Cell, T> {
     T* hidden = projected || !p.training || !p.hidden ? nullptr : p.hidden + row(t, j) * ld_p;
     T* cell = Cell::kHasCell ? s.c + j * ld_h : nullptr;
     T* all_c = Cell::kHasCell && p.all_c.data ? outside(p.all_c, t, j) : nullptr;
+    const T* keep_h = p.keep_h.data ? outside(p.keep_h, t, j) : nullptr;
+    const T* keep_c = Cell::kHasCell && p.keep_c.data ? outside(p.keep_c, t, j) : nullptr;
     for (int64_t v = v0; v < v1; ++v) {
       const int64_t u = v * kLanes;
       V slot[kSlots];
 #pragma GCC unroll 8
       for (int i = 0; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
-      V h, c{};
+      V h, c{}, w[Cell::kPeepholes + 1];
+      load_peepholes(s.w_ch, u, w);
       Cell::forward(slot, Cell::kHidden == Hidden::kSaved ? load(h_prev + u) : V{},
-                    Cell::kHasCell ? load(cell + u) : V{}, h, c);
+                    Cell::kHasCell ? load(cell + u) : V{}, h, c, w);
+      if (keep_h) h = mixture(load_units(keep_h, u, H), load(h_prev + u), h);
+      if (keep_c) c = mixture(load_units(keep_c, u, H), load(cell + u), c);
       store(h_next + u, h);
       if (output) store_units(output, u, H, h);
       if (hidden) store(hidden + u, h);
@@ -225,13 +275,19 @@ struct SequenceForward : SequenceLayout<Cell, T> {
   void all_steps(const Scratch& s, int64_t j0, int64_t j1, Divide divide) const {
     for (T* h : s.h) load_state(p.h0, P, h, j0, j1);
     if (Cell::kHasCell) load_state(p.c0, H, s.c, j0, j1);
+    if (p.recurrent_mask) load_state(p.recurrent_mask, P, s.mask, j0, j1);
     for (int64_t s0 = 0; s0 < T_; s0 += p.plan.chunk_steps) {
       const int64_t s1 = min(s0 + p.plan.chunk_steps, T_);
       const Chunk chunk = p.reverse ? Chunk{s0, s1, T_ - s1, T_ - s0} : Chunk{s0, s1, s0, s1};
       divide(gate_panels, [&](int64_t a, int64_t b) { input_product(s, chunk, j0, j1, a, b); });
       for (int64_t step = s0; step < s1; ++step) {
         apply_resets(s.h[step % 2], s.c, time(step), j0, j1);
-        divide(gate_panels, [&](int64_t a, int64_t b) { step_units(s, chunk, step, j0, j1, a, b); });
+        mask_hidden(s, step, j0, j1);
+        divide(gate_panels,
+               [&](int64_t a, int64_t b) { this->template step_units<false>(s, chunk, step, j0, j1, a, b); });
+        if constexpr (kLateGates > 0)
+          divide(gate_panels,
+                 [&](int64_t a, int64_t b) { this->template step_units<true>(s, chunk, step, j0, j1, a, b); });
         if (projected) divide(column_panels(P), [&](int64_t a, int64_t b) { step_projection(s, step, j0, j1, a, b); });
       }
     }
@@ -242,10 +298,12 @@ struct SequenceForward : SequenceLayout<Cell, T> {
     const Scratch s(*this, p.scratch);
     if (p.plan.packed) {
       pack_gates(p.w_ih, I, Cell::kInputGates, s.w_ih);
-      pack_gates(p.w_hh, P, Cell::kRecurrentGates, s.w_hh);
+      pack_gates(p.w_hh, P, Cell::kRecurrentGates, s.w_hh, kEarlyGates);
+      if constexpr (kLateGates > 0) pack_gates(p.w_hh, P, Cell::kRecurrentGates + kEarlyGates, s.w_late, kLateGates);
     }
     if (projected) pack_projection(p.w_hr, s.w_hr);
     pack_bias(s.bias);
+    pack_peepholes(s.w_ch);
 
     if (p.plan.schedule == Schedule::kUnits)
       all_steps(s, 0, N, [this](int64_t n, auto body) { this->parallel(n, body); });

@@ -58,6 +58,8 @@ struct SequenceLayout {
   // A panel of gate rows holds all gates of one vector of units; with a single gate, several vectors of units.
   static constexpr int kPanelUnits = kGates == 1 ? kMaxPanel : 1;
   static constexpr int kPanelVectors = kGates * kPanelUnits;
+  // The recurrent gates that take their product of h, and those that take it later (see cells.h): [begin, count).
+  static constexpr int kLateGates = Cell::kLateGates, kEarlyGates = kGates - kLateGates;
   // Between the panel's vectors in a row of gates.
   static constexpr int64_t kPanelStride = kGates == 1 ? kLanes : kUnits;
   static_assert(kPanelVectors <= kMaxPanel && kSlots >= kGates, "a panel of gates must fit a tile");
@@ -103,8 +105,8 @@ struct SequenceLayout {
   }
   // First vector of units of a panel of gates; that of panel gate_panels is the end.
   int64_t first_unit(int64_t panel) const { return unit_vectors * panel / gate_panels; }
-  int panel_vectors(int64_t panel) const {
-    return kGates == 1 ? static_cast<int>(first_unit(panel + 1) - first_unit(panel)) : kPanelVectors;
+  int panel_vectors(int64_t panel, int gates = kGates) const {
+    return kGates == 1 ? static_cast<int>(first_unit(panel + 1) - first_unit(panel)) : gates;
   }
   int64_t panel_offset(int64_t panel, int slots, int s) const { return unit_offset(first_unit(panel), slots, s); }
   // Row of W_ih or W_hh that lane 0 of vector q of a panel comes from, and how many lanes have one.
@@ -163,17 +165,18 @@ struct SequenceLayout {
 
   // ---- weights ----
 
-  // Panels of W^T for products whose columns are gates: [gate_panels][K][panel vectors][kLanes].
-  int64_t gate_panel_size(int64_t K) const { return K * kPanelVectors * kLanes; }
-  void pack_gates(const T* w, int64_t K, const int* gate_of, T* panels) const {
+  // Panels of W^T for products whose columns are gates, `gates` of them from gate_of's first on: [gate_panels][K][panel
+  // vectors][kLanes].
+  int64_t gate_panel_size(int64_t K, int gates = kGates) const { return K * gates * kPanelUnits * kLanes; }
+  void pack_gates(const T* w, int64_t K, const int* gate_of, T* panels, int gates = kGates) const {
     parallel(gate_panels, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
-        const int nr = panel_vectors(panel);
+        const int nr = panel_vectors(panel, gates);
         for (int q = 0; q < nr; ++q) {
           const T* rows[kLanes] = {};
           const int64_t lanes = weight_lanes(panel, q);
           for (int64_t i = 0; i < lanes; ++i) rows[i] = w + (weight_row(gate_of, panel, q) + i) * K;
-          transpose_rows(rows, lanes, K, panels + panel * gate_panel_size(K) + q * kLanes, nr * kLanes, true);
+          transpose_rows(rows, lanes, K, panels + panel * gate_panel_size(K, gates) + q * kLanes, nr * kLanes, true);
         }
       }
     });
@@ -213,18 +216,18 @@ struct SequenceLayout {
   }
 
   // Panels of W [G*H, columns] for d = dgates W: K runs over the padded units of each block, gate by gate.
-  int64_t backward_panels_size(int64_t columns) const {
-    return p.plan.packed ? column_panels(columns) * column_panel_size(gate_columns) : 0;
+  int64_t backward_panels_size(int64_t columns, int gates = kGates) const {
+    return p.plan.packed ? column_panels(columns) * column_panel_size(ld_h * gates) : 0;
   }
-  void pack_backward(const T* w, int64_t columns, const int* gate_of, T* panels) const {
+  void pack_backward(const T* w, int64_t columns, const int* gate_of, T* panels, int gates = kGates) const {
     if (!p.plan.packed) return;
     parallel(column_panels(columns), [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         const int nr = column_vectors(columns, panel);
         const int64_t first = first_column(columns, panel);
-        T* dst = panels + panel * column_panel_size(gate_columns);
+        T* dst = panels + panel * column_panel_size(ld_h * gates);
         for (int64_t block = 0; block < ld_h; block += kUnits)
-          for (int q = 0; q < kGates; ++q)
+          for (int q = 0; q < gates; ++q)
             for (int64_t unit = block; unit < block + kUnits; ++unit, dst += nr * kLanes)
               pack_row(unit < H ? w + (gate_of[q] * H + unit) * columns : nullptr, columns, first, nr, dst);
       }
@@ -246,14 +249,15 @@ struct SequenceLayout {
   // ---- products over gathered rows ----
 
   // gates += A W^T for one panel of gates, from packed panels or from W itself. `next` is the panel that comes next.
+  // `gates` gates from gate_of's first on.
   template <typename After>
   void gate_product(int64_t rows, int64_t K, const T* w, const T* panels, const int* gate_of, int first_slot,
-                    int64_t panel, int64_t next, RowOperands<T> io, After after) const {
-    const int nr = panel_vectors(panel);
+                    int64_t panel, int64_t next, RowOperands<T> io, After after, int gates = kGates) const {
+    const int nr = panel_vectors(panel, gates);
     io.offset = panel_offset(panel, kSlots, first_slot);
     io.stride = kPanelStride;
     if (p.plan.packed) {
-      const int64_t size = gate_panel_size(K);
+      const int64_t size = gate_panel_size(K, gates);
       panel_product(rows, nr, Inner{1, K, 0}, panels + panel * size, io, after, panels + next * size);
       return;
     }
@@ -299,21 +303,21 @@ struct SequenceLayout {
     }
   }
 
-  // C = C_in + dgates W over panels [panel0, panel1) of W's columns; rows of A start at their first slot. Without
-  // packing c_in must be c_out or null.
+  // C = C_in + dgates W over panels [panel0, panel1) of W's columns and `gates` gates from gate_of's first on; rows of
+  // A start at their first slot. Without packing c_in must be c_out or null.
   void gradient_product(int64_t rows, const T* w, const T* panels, const int* gate_of, int64_t columns, int64_t panel0,
-                        int64_t panel1, bool is_padded, const RowOperands<T>& io) const {
+                        int64_t panel1, bool is_padded, const RowOperands<T>& io, int gates = kGates) const {
     if (!p.plan.packed) {
       gradient_in_place(rows, w, gate_of, columns, first_column(columns, panel0),
-                        min(first_column(columns, panel1), columns), io);
+                        min(first_column(columns, panel1), columns), io, gates);
       return;
     }
     for (int64_t panel = panel0; panel < panel1; ++panel) {
       const int nr = column_vectors(columns, panel);
       const Inner inner =
-          kGates == kSlots ? Inner{1, gate_columns, 0} : Inner{ld_h / kUnits, kGates * kUnits, kSlots * kUnits};
+          gates == kSlots ? Inner{1, ld_h * gates, 0} : Inner{ld_h / kUnits, gates * kUnits, kSlots * kUnits};
       column_panel(rows, columns, panel, is_padded, io, [&](int64_t n, const RowOperands<T>& part) {
-        const int64_t size = column_panel_size(gate_columns), next = panel + 1 < panel1 ? panel + 1 : panel0;
+        const int64_t size = column_panel_size(ld_h * gates), next = panel + 1 < panel1 ? panel + 1 : panel0;
         panel_product(n, nr, inner, panels + panel * size, part, nothing, panels + next * size);
       });
     }
@@ -321,9 +325,9 @@ struct SequenceLayout {
 
   // The same for columns [first, end), W read once and in order: four of its rows at a time are added to each row of C.
   void gradient_in_place(int64_t rows, const T* w, const int* gate_of, int64_t columns, int64_t first, int64_t end,
-                         const RowOperands<T>& io) const {
+                         const RowOperands<T>& io, int gates) const {
     for (int64_t m = 0; m < rows && !io.c_in; ++m) zero(io.c_out[m] + first, end - first);
-    for (int q = 0; q < kGates; ++q)
+    for (int q = 0; q < gates; ++q)
       for (int64_t u = 0; u < H; u += 4) {
         const T* b = w + (gate_of[q] * H + u) * columns;
         const int64_t n = min(4, H - u);
@@ -344,6 +348,18 @@ struct SequenceLayout {
   }
 
   // ---- state ----
+
+  // Vectors of weights by which gates see c, padded: [kPeepholes, ld_h].
+  void pack_peepholes(T* to) const {
+    for (int64_t k = 0; k < Cell::kPeepholes; ++k) {
+      copy(to + k * ld_h, p.w_ch + k * H, H);
+      zero(to + k * ld_h + H, ld_h - H);
+    }
+  }
+  // Those of the vector of units at u.
+  void load_peepholes(const T* padded_weights, int64_t u, V (&w)[Cell::kPeepholes + 1]) const {
+    for (int k = 0; k < Cell::kPeepholes; ++k) w[k] = load(padded_weights + k * ld_h + u);
+  }
 
   // A vector of units at u of a row that ends after `units`.
   static V load_units(const T* row, int64_t u, int64_t units) {
