@@ -95,7 +95,8 @@ def main() -> int:
     kernels = list(rnnfast.supported_isas())
     if _C.build_info()["cuda"] and torch.cuda.is_available():
         kernels.append("cuda")
-        torch.backends.cudnn.rnn.fp32_precision = "ieee"  # type: ignore[attr-defined]  # not tf32, to the end of the process
+        # No tf32 in float32 products: to the end of the process, which is near.
+        torch.backends.cudnn.rnn.fp32_precision = "ieee"  # type: ignore[attr-defined]
     for kernel in kernels:
         device = "cuda" if kernel == "cuda" else "cpu"
         if device == "cpu":
