@@ -127,6 +127,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("supported_isas", &isa_names);
   m.def("get_isa", [] { return drivers().isa; });
   m.def("set_isa", &set_isa_or_raise, py::arg("name"));
+  m.def("_add_drivers", [](uintptr_t table) { add_drivers(reinterpret_cast<const DriverTable*>(table)); },
+        py::arg("table"));
   m.def("explain", &explain, py::arg("cell"), py::arg("T"), py::arg("N"), py::arg("I"), py::arg("H"), py::arg("P"),
         py::arg("dtype"), py::arg("training"), py::arg("threads"));
 }

@@ -27,6 +27,7 @@ struct CellInfo {
   bool saves_hidden;  // backward needs a copy of h
   int late_gates;     // of the gates, those whose recurrent product is not of h alone (cells.h)
   int peepholes;      // vectors of weights by which gates see c
+  bool has_resident;  // on a GPU (cuda/plan.h)
 };
 
 // Memory outside the driver whose row for sequence n at step t is data + t * step + n * row, unit stride inside.
@@ -193,6 +194,8 @@ const DriverTable& cuda_drivers();
 const DriverTable& drivers();
 const char* const* supported_isas();  // best first, ends with null
 bool set_isa(const char* name);       // false: unknown, or not of this machine
+// One more for set_isa, compiled elsewhere from this header: tests add the GPU drivers over an emulated device.
+void add_drivers(const DriverTable*);
 Plan make_plan(const Sizes&, const CellInfo&, int threads, bool backward);
 
 }  // namespace rnnfast
