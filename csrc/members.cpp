@@ -129,6 +129,10 @@ void Members::each(bool backward, const F& run) const {
     at::AutoDispatchBelowADInplaceOrView below;  // other threads do not know where this one stands
     for (int64_t e = begin; e < end; ++e) run(e, member(e));
   };
+  if (!input->is_cpu()) {
+    range(0, count_);
+    return;
+  }
   // Whether threads pay: as if the rows of all members were those of one.
   const CellInfo& cell = drivers().cells[index_];
   const int threads = at::get_num_threads();

@@ -8,6 +8,7 @@
 // weights in members.cpp. Fake kernels, the double backward and torch.func's transforms are registered from Python
 // (ops.py).
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -42,6 +43,7 @@ using ForwardOp = SavingOutputs(RNNFAST_ARGUMENTS);
   const MaybeTensor &grad_output, const MaybeTensor &grad_h_n, const MaybeTensor &grad_c_n, RNNFAST_ARGUMENTS, \
       const Tensor &gates, const Tensor &cells, const Tensor &hidden, std::array<bool, kNumGradients> needs,   \
       const MaybeTensor &grad_all_c
+#define RNNFAST_BACKWARD_PASS grad_output, grad_h_n, grad_c_n, RNNFAST_PASS, gates, cells, hidden, needs, grad_all_c
 using BackwardOp = Gradients(RNNFAST_BACKWARD_ARGUMENTS);
 using CellOp = Outputs(RNNFAST_ARGUMENTS);
 using ForwardAllCOp = SavingOutputsAllC(RNNFAST_ARGUMENTS);
@@ -165,8 +167,19 @@ OutputsAllC autograd_cell_all_c(int64_t index, RNNFAST_ARGUMENTS) {
 }
 
 SavingOutputsAllC run_forward(int index, bool save, bool with_all_c, RNNFAST_ARGUMENTS) {
+  const c10::DeviceGuard guard(input.device());
   if (weight_ih.dim() == 3) return Members(index, RNNFAST_PASS).forward(save, with_all_c);
   return Call(index, RNNFAST_PASS).forward(save, with_all_c);
+}
+
+// With `factors` as Call::backward.
+Gradients run_backward(int index, bool factors, RNNFAST_BACKWARD_ARGUMENTS) {
+  const c10::DeviceGuard guard(input.device());
+  if (weight_ih.dim() == 3 && !factors)
+    return Members(index, RNNFAST_PASS)
+        .backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c);
+  return Call(index, RNNFAST_PASS)
+      .backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c, factors);
 }
 
 // For each of `size` examples the product left^T right over its rows: [..., N*B, J] and [..., N*B, K] to [B, J, K].
@@ -224,7 +237,10 @@ TORCH_LIBRARY(rnnfast, m) {
   }
 }
 
-TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
+namespace {
+
+// The operators of a kind of device.
+void register_kernels(torch::Library& m) {
   m.impl("_sample_products", &sample_products);
   const DriverTable& table = drivers();
   for (int i = 0; i < table.num_cells; ++i) {
@@ -245,21 +261,26 @@ TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
       m.impl(("_" + name + "_all_c_forward").c_str(),
              [i](RNNFAST_ARGUMENTS) { return run_forward(i, true, true, RNNFAST_PASS); });
     }
-    m.impl(("_" + name + "_backward").c_str(), [i](RNNFAST_BACKWARD_ARGUMENTS) {
-      if (weight_ih.dim() == 3)
-        return Members(i, RNNFAST_PASS)
-            .backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c);
-      return Call(i, RNNFAST_PASS)
-          .backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c, false);
-    });
+    m.impl(("_" + name + "_backward").c_str(),
+           [i](RNNFAST_BACKWARD_ARGUMENTS) { return run_backward(i, false, RNNFAST_BACKWARD_PASS); });
     if (!has_factors(table.cells[i])) continue;
     m.impl(("_" + name + "_backward_factors").c_str(), [i](RNNFAST_BACKWARD_ARGUMENTS) {
       auto [dinput, dh0, dc0, gates_ih, gates_hh, h_prev, projected, h_raw, none] =
-          Call(i, RNNFAST_PASS)
-              .backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c, true);
+          run_backward(i, true, RNNFAST_BACKWARD_PASS);
       return Factors(dinput, dh0, dc0, gates_ih, gates_hh, h_prev, projected, h_raw);
     });
   }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
+  register_kernels(m);
+}
+
+// In a build without CUDA kernels too: Call says then that there are none.
+TORCH_LIBRARY_IMPL(rnnfast, CUDA, m) {
+  register_kernels(m);
 }
 
 TORCH_LIBRARY_IMPL(rnnfast, Autograd, m) {

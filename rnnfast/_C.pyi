@@ -28,6 +28,19 @@ def set_isa(name: str) -> None:
     """
 
 def explain(
-    cell: str, T: int, N: int, I: int, H: int, P: int, dtype: str, training: bool, threads: int
+    cell: str,
+    T: int,
+    N: int,
+    I: int,
+    H: int,
+    P: int,
+    dtype: str,
+    training: bool,
+    threads: int,
+    device: int | None = None,
 ) -> dict[str, Any]:
-    """What the kernel policy decides for one layer and direction: ``kernel``, ``isa``, ``reason``, ``threads`` ..."""
+    """What the kernel policy decides for one layer and direction: ``kernel``, ``isa``, ``reason``, ``threads`` ...
+
+    ``device`` is the number of a CUDA device, or None for the CPU. For a device there is also what was decided for the
+    backward pass, with ``training``: the same names after ``backward_``.
+    """

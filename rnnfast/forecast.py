@@ -122,7 +122,7 @@ class RNNAutoRegression(nn.Module):
         generator: torch.Generator | None = None,
         state: Any = None,
     ) -> Prediction:
-        """Continue series by ``num_steps`` values, each fed back to predict the next: a loop in C++.
+        """Continue series by ``num_steps`` values, each fed back to predict the next: a loop in C++, on the CPU.
 
         Args:
             series: the known values, ``[T, N, F]`` (``[T, N]``, ``[T]``); with ``tau`` only the last ``tau`` count.
@@ -144,6 +144,7 @@ class RNNAutoRegression(nn.Module):
                 f"RNNAutoRegression: num_paths: expected at least 1 and distribution=True, got {num_paths} and "
                 f"distribution={self.distribution}"
             )
+        modules._refuse_loop("RNNAutoRegression: forecasting", self.output.weight)
         rnn = self.rnn
         with _evaluating(self):
             scaled = self._scaled(self._check(series, self.tau or 1))

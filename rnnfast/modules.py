@@ -417,14 +417,19 @@ def _autocast_dtypes(
 ) -> tuple[torch.dtype | None, torch.dtype | None]:
     """The dtype to compute in, and the one to give output and h_n if another; (None, None) where autocast stays away.
 
-    torch casts the products only, so that what comes out depends on the cell. A state that is updated by a sum (GRU's
-    h, the LSTM's c) keeps the wider of its own dtype and autocast's; without hx it starts in the input's dtype. The
-    exception is an LSTM that torch runs as one fused operation, in autocast's dtype throughout: one without projection
-    and not ``stepwise``, which stands for a single step and a ragged packed batch.
+    On CUDA all is done in autocast's dtype, as torch does for layers and cells (but its layers under bfloat16 end in
+    cuDNN's float16).
+
+    On the CPU torch casts the products only, so that what comes out depends on the cell. A state that is updated by a
+    sum (GRU's h, the LSTM's c) keeps the wider of its own dtype and autocast's; without hx it starts in the input's
+    dtype. The exception is an LSTM that torch runs as one fused operation, in autocast's dtype throughout: one without
+    projection and not ``stepwise``, which stands for a single step and a ragged packed batch.
     """
     if not input.is_floating_point() or input.dtype == torch.float64:
         return None, None
     low = torch.get_autocast_dtype(input.device.type)
+    if input.device.type == "cuda":
+        return low, None
     if mode.startswith("RNN") or (mode == "LSTM" and not proj_size and not stepwise):
         return low, None
     summed = h0 if mode == "GRU" else c0
@@ -474,6 +479,12 @@ def _refuse_device(name: str, tensor: Tensor, weight: Tensor) -> NoReturn:
         f"Input and parameter tensors are not at the same device, found {name} tensor at {tensor.device} "
         f"and parameter tensor at {weight.device}"
     )
+
+
+def _refuse_loop(what: str, weight: Tensor) -> None:
+    """Raise where a model is not on the CPU, on which the loops of ``csrc/generate.cpp`` run; else return."""
+    if weight.device.type != "cpu":
+        raise RuntimeError(f'{what} runs on the CPU: move the model there, model.to("cpu"); it is on {weight.device}')
 
 
 def _refuse_state_dtype(mode: str, input: Tensor, h0: Tensor | None, c0: Tensor | None) -> NoReturn:
@@ -1191,7 +1202,7 @@ class LayerPlan:
         cell: the name of the op, as in ``torch.ops.rnnfast``.
         sizes: ``T``, ``N``, ``I``, ``H`` and ``P``.
         kernel: the schedule taken.
-        isa: the instruction set: ``"avx512"``, ``"avx2"`` or ``"baseline"``.
+        isa: the instruction set: ``"avx512"``, ``"avx2"`` or ``"baseline"``; on a CUDA device ``"cuda"``.
         reason: why this kernel.
         details: all that the compiled part has to say, these three included.
     """
@@ -1267,7 +1278,7 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = No
 
     Args:
         layer: one of rnnfast's six modules.
-        input: what the layer would be called with; only its shape, dtype and requires_grad matter.
+        input: what the layer would be called with; only its shape, dtype, device and requires_grad matter.
         hx: likewise.
 
     Returns:
@@ -1294,6 +1305,7 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = No
         dtype = _autocast_dtypes(mode, proj_size, bool(stepwise), data, h0, c0)[0] or dtype
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (data, *states, *layer.parameters()))
     dtype_name = str(dtype).removeprefix("torch.")
+    device = data.device.index if data.is_cuda else None
     state_size = proj_size or layer.hidden_size
     cell = _CELL_OF_MODE[mode] if is_cell else _cell_of(layer)
     plans = []
@@ -1306,7 +1318,9 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = No
             "P": state_size,
         }
         for direction in ("forward", "reverse")[:directions]:
-            details = _C.explain(cell, **sizes, dtype=dtype_name, training=training, threads=torch.get_num_threads())
+            details = _C.explain(
+                cell, **sizes, dtype=dtype_name, training=training, threads=torch.get_num_threads(), device=device
+            )
             kernel, isa, reason = str(details["kernel"]), str(details["isa"]), str(details["reason"])
             plans.append(LayerPlan(i, direction, cell, sizes, kernel, isa, reason, dict(details)))
     return Explanation(type(layer).__name__, dtype, training, tuple(plans))

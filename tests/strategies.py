@@ -123,7 +123,11 @@ class Case:
     seed: int = 0
 
     def call(self, dtype: torch.dtype = torch.float64) -> Call:
-        """Make the tensors. Weights are uniform as torch.nn's, everything else is normal."""
+        """Make the tensors, on the CPU. Weights are uniform as torch.nn's, everything else is normal."""
+        with torch.device("cpu"):
+            return self._call(dtype)
+
+    def _call(self, dtype: torch.dtype) -> Call:
         generator = torch.Generator().manual_seed(self.seed)
         cell = reference.CELLS[self.cell]
         rows, state_size = cell.num_gates * self.H, self.P or self.H

@@ -25,6 +25,8 @@ LAYERS = {
     "LSTM projected": lambda *args, **options: rnnfast.LSTM(*args, proj_size=3, **options),
 }
 V = 11
+# On a CUDA device too. Not what is about the loops that write, or the kernel of the softmax: these are of the CPU.
+on_device = pytest.mark.usefixtures("default_device")
 
 
 @pytest.fixture(params=LAYERS)
@@ -49,12 +51,12 @@ def token_call(cell, steps, batch, kinds, hidden, *, bias=True, kind="padded", r
     options = {"reverse": reverse}
     tokens = torch.randint(kinds, (steps, batch))
     if kind == "packed":
-        sizes = torch.randint(1, batch + 1, (steps,)).sort(descending=True).values
+        sizes = torch.randint(1, batch + 1, (steps,), device="cpu").sort(descending=True).values
         sizes[0] = batch
         options["batch_sizes"] = sizes
         tokens = torch.randint(kinds, (int(sizes.sum()),))
     elif kind == "lengths":
-        options["lengths"] = torch.randint(0, steps + 1, (batch,))
+        options["lengths"] = torch.randint(0, steps + 1, (batch,), device="cpu")
     elif kind == "step":
         tokens = tokens[0]
     dense = F.one_hot(tokens, kinds).to(dtype)
@@ -83,6 +85,7 @@ def test_tokens_are_their_one_hot_rows(cell, isa, steps, batch, kinds, hidden, b
         torch.testing.assert_close(ours[name], want, rtol=atol, atol=atol * max(1.0, want.abs().max().item()))
 
 
+@on_device
 def test_tokens_with_two_threads(cell):
     torch.set_num_threads(2)
     tokens, dense = token_call(cell, 40, 16, 28, 40)
@@ -91,6 +94,7 @@ def test_tokens_with_two_threads(cell):
         torch.testing.assert_close(ours[name], want, rtol=1e-11, atol=1e-11)
 
 
+@on_device
 @pytest.mark.parametrize("kind", ["padded", "packed", "step"])
 def test_tokens_pass_opcheck_and_double_backward(cell, kind):
     tokens, dense = token_call(cell, 3, 2, 5, 4, kind=kind)
@@ -106,6 +110,7 @@ def test_tokens_pass_opcheck_and_double_backward(cell, kind):
         torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
 
 
+@on_device
 @pytest.mark.few_cells
 @pytest.mark.parametrize("token", [-1, 28, 2**62, -(2**62)])
 @pytest.mark.parametrize("kind", ["padded", "packed", "step"])
@@ -116,6 +121,7 @@ def test_tokens_out_of_range_are_an_index_error(cell, token, kind):
         call(call.op())
 
 
+@on_device
 @pytest.mark.few_cells
 @pytest.mark.parametrize("shape", [(2, 3, 4), ()])
 def test_tokens_of_a_wrong_rank(cell, shape):
@@ -128,6 +134,7 @@ def test_tokens_of_a_wrong_rank(cell, shape):
 # RNNLM: forward
 
 
+@on_device
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -184,6 +191,7 @@ def test_same_random_numbers_as_the_parts_in_order():
         assert ours.equal(theirs)
 
 
+@on_device
 def test_tied_weights_are_one_parameter():
     model = RNNLM(rnnfast.GRU(6, 6), V, embedding_dim=6, tie_weights=True)
     assert model.output.weight is model.embedding.weight
@@ -197,6 +205,7 @@ def test_tied_weights_are_one_parameter():
     assert "tie_weights=True" in repr(model)
 
 
+@on_device
 def test_dropout_is_for_training_only():
     model = RNNLM(rnnfast.GRU(4, 6), V, embedding_dim=4, dropout=0.5)
     tokens = torch.randint(V, (4, 3))
@@ -207,12 +216,13 @@ def test_dropout_is_for_training_only():
     assert model(tokens)[0].equal(model(tokens)[0])
 
 
+@on_device
 @pytest.mark.parametrize("embedding_dim", [None, 4])
-def test_autocast(layer, embedding_dim):
+def test_autocast(layer, embedding_dim, default_device):
     model = RNNLM(layer(embedding_dim or V, 6), V, embedding_dim=embedding_dim)
     tokens = torch.randint(V, (7, 3))
     exact, _ = model.loss(tokens, tokens)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(default_device, dtype=torch.bfloat16):
         scores, _ = model(tokens)
         loss, _ = model.loss(tokens, tokens)
     assert scores.dtype == torch.bfloat16
@@ -225,6 +235,7 @@ def test_autocast(layer, embedding_dim):
 # Loss
 
 
+@on_device
 @pytest.mark.parametrize("chunk_rows", [1, 3, None])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -302,6 +313,7 @@ def test_softmax_loss_passes_opcheck_and_refuses():
             torch.ops.rnnfast._softmax_loss_(*arguments)
 
 
+@on_device
 def test_chunked_loss_backward_twice_and_partly():
     hidden, weight = torch.randn(10, 6, requires_grad=True), torch.randn(V, 6)
     loss = linear_cross_entropy(hidden, weight, None, torch.randint(V, (10,)))
@@ -311,6 +323,7 @@ def test_chunked_loss_backward_twice_and_partly():
         assert not linear_cross_entropy(hidden, weight, None, torch.randint(V, (10,))).requires_grad
 
 
+@on_device
 def test_chunked_loss_has_second_derivatives():
     """Also where hidden depends on the weight: tied weights."""
     start, weight = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (10, V))
@@ -327,6 +340,7 @@ def test_chunked_loss_has_second_derivatives():
         torch.testing.assert_close(ours, want, rtol=1e-11, atol=1e-12)
 
 
+@on_device
 @pytest.mark.parametrize("embedding_dim", [None, 5])
 def test_model_loss_and_perplexity(layer, embedding_dim):
     model = RNNLM(layer(embedding_dim or V, 6, dtype=torch.float64), V, embedding_dim=embedding_dim)
@@ -581,6 +595,17 @@ def test_generate_refuses(options, error, match, embedding_dim):
             model.generate(**arguments)
     finally:
         assert model.training
+
+
+def test_generation_is_on_the_cpu():
+    """Of a model that is elsewhere: the error says where to move it."""
+    model = RNNLM(rnnfast.GRU(V, 6, device="meta"), V)
+    prompt = torch.zeros(2, 2, dtype=torch.int64, device="meta")
+    match = r'generation runs on the CPU: move the model there, model\.to\("cpu"\); it is on meta'
+    with pytest.raises(RuntimeError, match=match):
+        model.generate(prompt, 3)
+    with pytest.raises(RuntimeError, match=match):
+        next(model.stream(prompt, 3))
 
 
 def test_prompts_of_different_lengths_need_our_layers():
