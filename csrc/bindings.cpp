@@ -83,7 +83,7 @@ void explain_cuda(py::dict d, const CellInfo& cell, const Sizes& size, at::Scala
   const Device device = describe_device(index, element);
   const auto add = [&](const std::string& prefix, bool backward) {
     const int bytes = static_cast<int>(c10::elementSize(element));
-    const DevicePlan plan = make_device_plan({size, cell.gates, cell.slots, cell.late_gates > 0, size.P != size.H,
+    const DevicePlan plan = make_device_plan({size, cell.gates, cell.slots, cell.has_resident, size.P != size.H,
                                               backward, bytes, std::max(bytes, 4), device.capability,
                                               device.multiprocessors, device.block_memory, device.tf32});
     const auto set = [&](const char* name, auto value) { d[py::str(prefix + name)] = value; };
@@ -176,8 +176,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("supported_isas", &isa_names);
   m.def("get_isa", [] { return drivers().isa; });
   m.def("set_isa", &set_isa_or_raise, py::arg("name"));
-  m.def("_add_drivers", [](uintptr_t table) { add_drivers(reinterpret_cast<const DriverTable*>(table)); },
-        py::arg("table"));
+  m.def(
+      "_add_drivers", [](uintptr_t table) { add_drivers(reinterpret_cast<const DriverTable*>(table)); },
+      py::arg("table"));
   m.def("explain", &explain, py::arg("cell"), py::arg("T"), py::arg("N"), py::arg("I"), py::arg("H"), py::arg("P"),
         py::arg("dtype"), py::arg("training"), py::arg("threads"), py::arg("device") = py::none());
 }
