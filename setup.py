@@ -15,9 +15,11 @@ import re
 import site
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 from setuptools import setup
+from setuptools.command.build_clib import build_clib
 
 DEFAULT_TORCH = "2.13.0"
 OLDEST_TORCH = (2, 11)
@@ -45,9 +47,18 @@ def load_torch():
     return cpp_extension if minor(cpp_extension.torch.__version__) >= OLDEST_TORCH else None
 
 
+class build_drivers(build_clib):
+    """Compiles the libraries side by side: each is one long compile."""
+
+    def build_libraries(self, libraries):
+        with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as jobs:
+            list(jobs.map(lambda library: build_clib.build_libraries(self, [library]), libraries))
+
+
 def native_code(cpp_extension):
     """The arguments of setup() that describe the compiled part."""
     headers = sorted(glob("csrc/**/*.h", recursive=True))
+    driver_headers = ["csrc/math.h", "csrc/cells.h", "csrc/sequence.h", *sorted(glob("csrc/cpu/*.h"))]
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
     debug = sanitize if os.environ.get("RNNFAST_SANITIZE") == "1" else ["-g0"]
@@ -63,7 +74,7 @@ def native_code(cpp_extension):
     libraries = [
         (
             f"rnnfast_{isa}",
-            {"sources": [source], "cflags": driver_flags + isas[isa], "obj_deps": {"": [*headers, "setup.py"]}},
+            {"sources": [source], "cflags": driver_flags + isas[isa], "obj_deps": {"": [*driver_headers, "setup.py"]}},
         )
         for isa, source in drivers.items()
     ]
@@ -78,7 +89,8 @@ def native_code(cpp_extension):
         extra_compile_args=["-O2", "-fvisibility=hidden", "-fopenmp", "-Wall", *debug],
         extra_link_args=["-fopenmp", *(sanitize if debug is sanitize else [])],
     )
-    return {"libraries": libraries, "ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+    commands = {"build_clib": build_drivers, "build_ext": cpp_extension.BuildExtension}
+    return {"libraries": libraries, "ext_modules": [extension], "cmdclass": commands}
 
 
 os.environ.setdefault("MAX_JOBS", str(min(2, os.cpu_count() or 1)))

@@ -22,9 +22,15 @@
 //                                    kPeepholeSlots[k] is the slot that vector k feeds: from c before the step, the
 //                                    last from c after it. For a cell with c `next_cell` gives that from the slots once
 //                                    more
+//   kHasResident                     a GPU keeps its recurrent weights near the processors (cuda/resident.h), at the
+//                                    price of many kernels to compile
 #pragma once
 
+#ifdef RNNFAST_DEVICE
+#include "cuda/math.h"
+#else
 #include "math.h"
+#endif
 
 namespace rnnfast {
 inline namespace RNNFAST_ISA {
@@ -38,6 +44,7 @@ enum class Hidden {
 // What most cells have none of.
 struct Common {
   static constexpr int kLateGates = 0, kPeepholes = 0;
+  static constexpr bool kHasResident = false;
 };
 
 // h_t = f(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), f = tanh or relu. Elman 1990.
@@ -47,17 +54,17 @@ struct RNN : Common {
   static constexpr const char* kSource = "Elman 1990, Finding structure in time";
   static constexpr int kGates = 1, kSlots = 1, kInput = 0, kRecurrent = 0;
   static constexpr int kInputGates[] = {0}, kRecurrentGates[] = {0};
-  static constexpr bool kHasCell = false;
+  static constexpr bool kHasCell = false, kHasResident = true;
   static constexpr Hidden kHidden = Hidden::kSlot;
 
   template <typename V>
-  static void forward(V (&slot)[kSlots], V, V, V& h, V&, const V*) {
+  RNNFAST_FUNCTION static void forward(V (&slot)[kSlots], V, V, V& h, V&, const V*) {
     h = slot[0] = kTanh ? tanh(slot[0]) : relu(slot[0]);
   }
 
   // f'(a) from h = f(a): 1 - h^2 for tanh, [h > 0] for relu (NaN passes, as in torch).
   template <typename V>
-  static void backward(V (&slot)[kSlots], V, V, V, V dh, V&, V& dh_prev, const V*) {
+  RNNFAST_FUNCTION static void backward(V (&slot)[kSlots], V, V, V, V dh, V&, V& dh_prev, const V*) {
     const V h = slot[0];
     slot[0] = kTanh ? dh * (1 - h * h) : (h <= 0 ? V{} : dh);
     dh_prev = V{};
@@ -82,11 +89,12 @@ struct GRU : Common {
   static constexpr int kInputGates[] = {kGates - 1, 0, 1};
   static constexpr int kRecurrentGates[] = {!kReset, kReset, 2};
   static constexpr bool kHasCell = false;
+  static constexpr bool kHasResident = kReset && kUpdate;
   static constexpr Hidden kHidden = Hidden::kSaved;
   static constexpr int kR = 1, kZ = 1 + kReset, kRecurrentN = kSlots - 1;
 
   template <typename V>
-  static void forward(V (&slot)[kSlots], V h_prev, V, V& h, V&, const V*) {
+  RNNFAST_FUNCTION static void forward(V (&slot)[kSlots], V h_prev, V, V& h, V&, const V*) {
     if constexpr (kReset) {
       slot[kR] = sigmoid(slot[kR]);
       slot[0] += slot[kR] * slot[kRecurrentN];
@@ -99,7 +107,7 @@ struct GRU : Common {
   }
 
   template <typename V>
-  static void backward(V (&slot)[kSlots], V h_prev, V, V, V dh, V&, V& dh_prev, const V*) {
+  RNNFAST_FUNCTION static void backward(V (&slot)[kSlots], V h_prev, V, V, V dh, V&, V& dh_prev, const V*) {
     const V n = slot[0];
     V dn = dh;
     dh_prev = V{};
@@ -137,17 +145,17 @@ struct GRUBefore : Common {
 
   // From the pre-activation of r, which is replaced by r.
   template <typename V>
-  static V late_input(V& slot, V h) {
+  RNNFAST_FUNCTION static V late_input(V& slot, V h) {
     slot = sigmoid(slot);
     return recomputed_late_input(slot, h);
   }
   template <typename V>
-  static V recomputed_late_input(V r, V h) {
+  RNNFAST_FUNCTION static V recomputed_late_input(V r, V h) {
     return r * h;
   }
 
   template <typename V>
-  static void forward(V (&slot)[kSlots], V h_prev, V, V& h, V&, const V*) {
+  RNNFAST_FUNCTION static void forward(V (&slot)[kSlots], V h_prev, V, V& h, V&, const V*) {
     h = slot[kN] = tanh(slot[kN]);
     if constexpr (kUpdate) {
       slot[1] = sigmoid(slot[1]);
@@ -157,7 +165,7 @@ struct GRUBefore : Common {
 
   // All but r, which stays in slot 0.
   template <typename V>
-  static void backward(V (&slot)[kSlots], V h_prev, V, V, V dh, V&, V& dh_prev, const V*) {
+  RNNFAST_FUNCTION static void backward(V (&slot)[kSlots], V h_prev, V, V, V dh, V&, V& dh_prev, const V*) {
     const V n = slot[kN];
     V dn = dh;
     dh_prev = V{};
@@ -172,7 +180,7 @@ struct GRUBefore : Common {
 
   // r's part, from the gradient of r * h; returns what reaches h through it.
   template <typename V>
-  static V backward_late(V& slot, V h, V dlate) {
+  RNNFAST_FUNCTION static V backward_late(V& slot, V h, V dlate) {
     const V r = slot;
     slot = dlate * h * (r * (1 - r));
     return dlate * r;
@@ -197,14 +205,14 @@ struct LSTM : Common {
           : "Hochreiter & Schmidhuber 1997, Long short-term memory; forget gate of Gers et al. 2000, no peepholes";
   static constexpr int kGates = 4 - kCoupled, kSlots = kGates, kInput = 0, kRecurrent = 0;
   static constexpr int kInputGates[] = {0, 1, 2, 3}, kRecurrentGates[] = {0, 1, 2, 3};
-  static constexpr bool kHasCell = true;
+  static constexpr bool kHasCell = true, kHasResident = !kPeephole && !kCoupled;
   static constexpr Hidden kHidden = Hidden::kOfCell;
   static constexpr int kI = 0, kF = 1, kG = 2 - kCoupled, kO = 3 - kCoupled;
   static constexpr int kPeepholes = kPeephole ? 3 - kCoupled : 0;
   static constexpr int kPeepholeSlots[] = {kI, kCoupled ? kO : kF, kO};
 
   template <typename V>
-  static V next_cell(const V (&slot)[kSlots], V c_prev) {
+  RNNFAST_FUNCTION static V next_cell(const V (&slot)[kSlots], V c_prev) {
     if constexpr (kCoupled)
       return c_prev + slot[kI] * (slot[kG] - c_prev);
     else
@@ -212,7 +220,7 @@ struct LSTM : Common {
   }
 
   template <typename V>
-  static void forward(V (&slot)[kSlots], V, V c_prev, V& h, V& c, const V* w) {
+  RNNFAST_FUNCTION static void forward(V (&slot)[kSlots], V, V c_prev, V& h, V& c, const V* w) {
     if constexpr (kPeephole) {
       slot[kI] += w[0] * c_prev;
       if constexpr (!kCoupled) slot[kF] += w[1] * c_prev;
@@ -227,13 +235,13 @@ struct LSTM : Common {
   }
 
   template <typename V>
-  static V output(const V (&slot)[kSlots], V c) {
+  RNNFAST_FUNCTION static V output(const V (&slot)[kSlots], V c) {
     return slot[kO] * tanh(c);
   }
 
   // dc: the gradient of c' from later steps on entry, that of c on exit.
   template <typename V>
-  static void backward(V (&slot)[kSlots], V, V c_prev, V c, V dh, V& dc, V& dh_prev, const V* w) {
+  RNNFAST_FUNCTION static void backward(V (&slot)[kSlots], V, V c_prev, V c, V dh, V& dc, V& dh_prev, const V* w) {
     const V i = slot[kI], g = slot[kG], o = slot[kO];
     const V tanh_c = tanh(c);
     slot[kO] = dh * tanh_c * (o * (1 - o));

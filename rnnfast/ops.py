@@ -3,7 +3,7 @@
 Typed wrappers of ``torch.ops.rnnfast.<cell>``; and, for torch's sake, what the compiled part leaves to Python: the fake
 kernels (shapes without data, for the meta device, torch.compile and torch.export), the derivative of the backward
 ops, built on :mod:`rnnfast.reference`, and torch.func's transforms (:mod:`rnnfast.transforms`). The schemas, checks and
-first derivatives are in ``csrc/ops.cpp``.
+first derivatives are in ``csrc/ops.cpp`` and ``csrc/call.cpp``.
 
 Letters: ``T`` steps, ``N`` batch, ``I`` input size, ``H`` hidden size, ``P`` projected size (``H`` without a
 projection), ``G`` gates (1 for the plain RNN, 3 for GRU, 4 for LSTM). Last dimension fastest.
@@ -439,7 +439,7 @@ def _saved_shapes(
 ) -> tuple[torch.dtype, list[Any], list[Any], list[Any]]:
     """The dtype, and the shapes of gates, cells and hidden: what the forward keeps for the backward.
 
-    Must say what ``csrc/ops.cpp`` allocates. Rows are the steps of all sequences; the units of a row are rounded up to
+    Must say what ``csrc/call.cpp`` allocates. Rows are the steps of all sequences; the units of a row are rounded up to
     blocks of 64 bytes whatever the instruction set, so that the layout is one on all machines.
     """
     entry = _CELLS[cell]
