@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast.options import GRU_OP, KERNELS, LSTM_OP, Layer, Op, kind_of, peephole_name, zoneouts_of
+from rnnfast.options import GRU_OP, KERNELS, LSTM_OP, Layer, Op, extra_name, kind_of, zoneouts_of
 
 any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
@@ -146,8 +146,8 @@ def run_layers(
     batch_sizes, lengths and resets; gives output with last dimension ``D*P``, h_n like h0, c_n like c0 or, for a cell
     with one state, None, and with ``return_cells`` the last layer's c of all steps, last dimension ``D*H``, else None.
     """
-    op, all_c_op, num_gates, num_peepholes = KERNELS[layer._variant or layer.mode]
-    is_special = num_peepholes or layer.zoneout or layer.recurrent_dropout
+    op, all_c_op, num_gates, num_peepholes, num_norm_vectors = KERNELS[layer._variant or layer.mode]
+    is_special = num_peepholes or num_norm_vectors or layer.zoneout or layer.recurrent_dropout
     extras: tuple[Tensor | None, ...] = ()
     gate_size = num_gates * layer.hidden_size
     directions = 2 if layer.bidirectional else 1
@@ -191,15 +191,14 @@ def run_layers(
 def _extras(
     layer: Layer, d: int, steps: Tensor, batch_sizes: Tensor | None, weight_hh: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """What plain calls do not have: weight_ch, recurrent_mask, zoneout_h and zoneout_c of direction ``d`` of all.
+    """What plain calls do not have: weight_ch, recurrent_mask, zoneout_h, zoneout_c and weight_ln of direction ``d``.
 
     Masks are drawn from torch's generator, first that of recurrent dropout, then of h, then of c.
     """
-    weight_ch = recurrent_mask = None
-    if KERNELS[layer._variant or layer.mode].num_peepholes:
-        weight_ch = getattr(layer, peephole_name(layer, d))
-        if any_autocast():  # cast as the other weights were
-            weight_ch = cast(weight_ch, weight_hh.dtype)
+    weight_ch, weight_ln = _extra_weights(layer, d)
+    recurrent_mask = None
+    if any_autocast():  # cast as the other weights were
+        weight_ch, weight_ln = cast(weight_ch, weight_hh.dtype), cast(weight_ln, weight_hh.dtype)
     if layer.recurrent_dropout and layer.training:
         batch = steps.shape[1] if batch_sizes is None else int(batch_sizes[0])
         ones = weight_hh.new_ones(batch, weight_hh.shape[1])
@@ -214,7 +213,24 @@ def _extras(
             masks.append(weight_hh.new_empty(shape).bernoulli_(probability))
         else:
             masks.append(weight_hh.new_full(shape[-1:], probability).expand(shape))
-    return weight_ch, recurrent_mask, *masks
+    return weight_ch, recurrent_mask, *masks, weight_ln
+
+
+def _extra_weights(layer: Layer, d: int) -> tuple[Tensor | None, Tensor | None]:
+    """The op's weight_ch and weight_ln of direction ``d`` of all."""
+    shapes = KERNELS[layer._variant or layer.mode].extra_shapes(layer.hidden_size)
+    found: list[Tensor] = []
+    for name, size in shapes.items():
+        if name == "bias_ln_c" and not layer.bias:
+            found.append(torch.zeros_like(found[-1]))
+            continue
+        weight = getattr(layer, extra_name(layer, name, d))
+        if weight.shape != (size,):  # parts of a wrong size could make a whole of the right one
+            _refuse_weights(layer)
+        found.append(weight)
+    if "weight_ln_ih" in shapes:
+        return None, torch.cat(found)
+    return found[0] if found else None, None
 
 
 def loop_weights(layer: Any) -> list[Tensor | None]:
@@ -222,9 +238,9 @@ def loop_weights(layer: Any) -> list[Tensor | None]:
     found: list[Tensor | None] = []
     for d, names in enumerate(layer._all_weights):
         five = weights_of(layer, names, layer.bias, layer.proj_size)
-        name = peephole_name(layer, d)
+        weight_ch, weight_ln = _extra_weights(layer, d)
         zoneouts = [five[1].new_full((layer.hidden_size,), z) if z else None for z in zoneouts_of(layer)]
-        found += [*five, getattr(layer, name, None), *zoneouts]
+        found += [*five, weight_ch, *zoneouts, weight_ln]
     return found
 
 
@@ -441,11 +457,11 @@ def _refuse_weights(layer: Layer) -> None:
             "bias_hh": (gate_size,),
             "weight_hr": (state_size, layer.hidden_size),
         }
-        num_peepholes = KERNELS[layer._variant or layer.mode].num_peepholes
-        if num_peepholes:
-            shapes["weight_ch"] = (num_peepholes * layer.hidden_size,)
-            names = [*names, peephole_name(layer, i)]
-        for name in names:
+        extras = KERNELS[layer._variant or layer.mode].extra_shapes(layer.hidden_size)
+        if not layer.bias:
+            extras.pop("bias_ln_c", None)
+        shapes |= {name: (size,) for name, size in extras.items()}
+        for name in [*names, *(extra_name(layer, name, i) for name in extras)]:
             _refuse_weight(kind_of(layer.mode), name, getattr(layer, name), shapes[name.rpartition("_l")[0]])
     first_name = layer._all_weights[0][0]
     first = getattr(layer, first_name)

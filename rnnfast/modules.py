@@ -20,7 +20,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast.call import forward_cell, forward_layer, refuse_pair
-from rnnfast.options import GRU_OP, KERNELS, LSTM_OP, become, gru_cell, options_beyond_torch, set_masks, set_options
+from rnnfast.options import (
+    GRU_OP,
+    KERNELS,
+    LSTM_OP,
+    become,
+    gru_cell,
+    lstm_cell,
+    options_beyond_torch,
+    set_masks,
+    set_norm_weight,
+    set_options,
+)
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -126,6 +137,13 @@ class GRU(torch.nn.GRU):
 
     .. math:: n_t = \tanh(W_{in} x_t + b_{in} + W_{hn} (r_t \odot h_{t-1}) + b_{hn})
 
+    With ``layer_norm=True`` each product goes through layer normalization over its ``3*H`` numbers (Ba, Kiros and
+    Hinton, arXiv:1607.06450, 2016; they normalize the candidate apart from the gates, Haste's LayerNormGRU as here): in
+    the place of :math:`W_{i*} x_t` and :math:`W_{h*} h_{t-1}` come :math:`\gamma_i \odot LN(W_i x_t)` and
+    :math:`\gamma_h \odot LN(W_h h_{t-1})`,
+
+    .. math:: LN(a) = (a - \mathrm{mean}(a)) / \sqrt{\mathrm{var}(a) + 10^{-5}}
+
     With ``gates="reset"`` there is no update gate: :math:`h_t = n_t`. With ``gates="update"`` there is no reset gate,
     :math:`r_t = 1`: the update gate RNN of Collins et al., arXiv:1611.09913 (2016).
 
@@ -142,6 +160,8 @@ class GRU(torch.nn.GRU):
         reset_after: the reset gate is applied after the recurrent product (torch's variant), or before it.
         gates: ``"both"``, ``"reset"`` or ``"update"``. The parameters hold the gates r, z, n that there are, in this
             order: ``[2*H, ...]`` with one gate of the two.
+        layer_norm: normalizes the products, by parameters more, which begin as ones: the gains ``weight_ln_ih_l{k}``
+            and ``weight_ln_hh_l{k}`` (with ``_reverse`` for the second direction), ``[3*H]``. Not with the two above.
         zoneout: probability of a unit keeping its old state at a step, in training by a mask of its own for each step,
             from torch's generator; in evaluation the mean of both, ``zoneout * old + (1 - zoneout) * new`` (Krueger et
             al., arXiv:1606.01305, 2016).
@@ -159,10 +179,10 @@ class GRU(torch.nn.GRU):
 
     Inference saves nothing for the backward pass. Training saves, besides arguments and outputs, 5 numbers per step,
     sequence and unit in the accumulating dtype (20 bytes; 40 in float64): three gates, the recurrent part of the
-    candidate, the state; 4 with ``reset_after=False``, 3 with one gate.
+    candidate, the state; 4 with ``reset_after=False``, 3 with one gate, 11 with ``layer_norm=True``.
 
     Raises:
-        ValueError: gates that are none of these, or that reset_after does not go with; input of the wrong rank, or of
+        ValueError: gates that are none of these, options that do not go together; input of the wrong rank, or of
             another dtype than the weights; resets or lengths of the wrong shape, dtype, device or range, with a
             PackedSequence, or lengths for 2-D input.
         RuntimeError: input or hx of the wrong size, hx or a weight of the wrong dtype, device or shape, no steps.
@@ -172,6 +192,7 @@ class GRU(torch.nn.GRU):
     # Set on the object where they are not these, so that a converted layer and its pickles are torch.nn's.
     reset_after: bool = True
     gates: str = "both"
+    layer_norm: bool = False
     zoneout: float = 0.0
     recurrent_dropout: float = 0.0
     _variant: str | None = None
@@ -181,14 +202,15 @@ class GRU(torch.nn.GRU):
         *args: Any,
         reset_after: bool = True,
         gates: str = "both",
+        layer_norm: bool = False,
         zoneout: float = 0.0,
         recurrent_dropout: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        cell = gru_cell(reset_after, gates)
+        cell = gru_cell(reset_after, gates, layer_norm)
         _TorchGRU.__init__(self, *args, **kwargs)
         if cell != "gru":
-            set_options(self, reset_after=reset_after, gates=gates)
+            set_options(self, reset_after=reset_after, gates=gates, layer_norm=layer_norm)
             become(self, cell)
         if zoneout or recurrent_dropout:
             set_masks(self, zoneout, recurrent_dropout)
@@ -202,6 +224,12 @@ class GRU(torch.nn.GRU):
     def forward(self, input: Any, hx: Any = None, *, resets: Any = None, lengths: Any = None) -> Any:
         """Run the layer over a sequence; see the class."""
         return forward_layer(self, input, hx, resets, lengths)
+
+    def reset_parameters(self) -> None:
+        """Give all parameters their first values anew."""
+        _TorchGRU.reset_parameters(self)
+        for name, parameter in self.named_parameters():
+            set_norm_weight(name, parameter)
 
     def extra_repr(self) -> str:
         """Show torch's options, and ours where they are not the default."""
@@ -235,7 +263,14 @@ class LSTM(torch.nn.LSTM):
     With ``coupled=True`` there is no forget gate: :math:`f_t = 1 - i_t` (Greff et al., arXiv:1503.04069, 2015: CIFG).
     With ``peephole=True`` the gates see c too (Gers, Schraudolph and Schmidhuber, JMLR 3, 2002):
     :math:`w_{ci} \odot c_{t-1}` and :math:`w_{cf} \odot c_{t-1}` join the sums of i and f,
-    :math:`w_{co} \odot c_t` that of o.
+    :math:`w_{co} \odot c_t` that of o. With ``layer_norm=True`` both products go through layer normalization, each over
+    its ``4*H`` numbers, and c where it makes h (Ba, Kiros and Hinton, arXiv:1607.06450, 2016, their LSTM; its shifts
+    are the biases): in the place of :math:`W_{i*} x_t` and :math:`W_{h*} h_{t-1}` come
+    :math:`\gamma_i \odot LN(W_i x_t)` and :math:`\gamma_h \odot LN(W_h h_{t-1})`, and
+
+    .. math::
+        h_t &= o_t \odot \tanh(\gamma_c \odot LN(c_t) + b_c) \\
+        LN(a) &= (a - \mathrm{mean}(a)) / \sqrt{\mathrm{var}(a) + 10^{-5}}
 
     Args:
         input_size: ``I``.
@@ -252,6 +287,9 @@ class LSTM(torch.nn.LSTM):
             of i, f and o (coupled: i and o, ``[2*H]``).
         coupled: the input gate is the forget gate's complement. The parameters hold the gates i, g, o, in this order:
             ``[3*H, ...]``.
+        layer_norm: normalizes the products and c, by parameters more, ``weight_ln_ih_l{k}`` and ``weight_ln_hh_l{k}``
+            ``[4*H]``, ``weight_ln_c_l{k}`` and, if there are biases, ``bias_ln_c_l{k}`` ``[H]`` (with ``_reverse`` for
+            the second direction). Weights begin as ones, the bias as zeros. Not with proj_size and the two above.
         zoneout: probability of a unit keeping its old state at a step, in training by a mask of its own for each step,
             from torch's generator; in evaluation the mean of both, ``zoneout * old + (1 - zoneout) * new`` (Krueger et
             al., arXiv:1606.01305, 2016). A pair is that of h and that of c. Not with proj_size.
@@ -273,7 +311,7 @@ class LSTM(torch.nn.LSTM):
 
     Inference saves nothing for the backward pass. Training saves, besides arguments and outputs, 5 numbers per step,
     sequence and unit in the accumulating dtype (20 bytes; 40 in float64): four gates (three coupled) and the cell
-    state; with a projection also the projected state.
+    state; with a projection also the projected state; with ``layer_norm=True`` 15 in all.
 
     Raises:
         ValueError: input of the wrong rank, or of another dtype than the weights; resets or lengths of the wrong shape,
@@ -285,6 +323,7 @@ class LSTM(torch.nn.LSTM):
     # Set on the object where they are not these, so that a converted layer and its pickles are torch.nn's.
     peephole: bool = False
     coupled: bool = False
+    layer_norm: bool = False
     zoneout: float | tuple[float, float] = 0.0
     recurrent_dropout: float = 0.0
     _variant: str | None = None
@@ -294,17 +333,16 @@ class LSTM(torch.nn.LSTM):
         *args: Any,
         peephole: bool = False,
         coupled: bool = False,
+        layer_norm: bool = False,
         zoneout: float | tuple[float, float] = 0.0,
         recurrent_dropout: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        for name, value in (("peephole", peephole), ("coupled", coupled)):
-            if not isinstance(value, bool):
-                raise TypeError(f"LSTM: {name} should be of type bool, got: {type(value).__name__}")
+        cell = lstm_cell(peephole, coupled, layer_norm)
         _TorchLSTM.__init__(self, *args, **kwargs)
-        if peephole or coupled:
-            set_options(self, peephole=peephole, coupled=coupled)
-            become(self, f"lstm{'_coupled' * coupled}{'_peephole' * peephole}")
+        if cell != "lstm":
+            set_options(self, peephole=peephole, coupled=coupled, layer_norm=layer_norm)
+            become(self, cell)
         if zoneout or recurrent_dropout:
             set_masks(self, zoneout, recurrent_dropout)
 
@@ -341,6 +379,12 @@ class LSTM(torch.nn.LSTM):
     ) -> Any:
         """Run the layer over a sequence; see the class."""
         return forward_layer(self, input, hx, resets, lengths, return_cells)
+
+    def reset_parameters(self) -> None:
+        """Give all parameters their first values anew."""
+        _TorchLSTM.reset_parameters(self)
+        for name, parameter in self.named_parameters():
+            set_norm_weight(name, parameter)
 
     def extra_repr(self) -> str:
         """Show torch's options, and ours where they are not the default."""

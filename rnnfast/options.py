@@ -29,7 +29,8 @@ _CELL_OF_GRU = {
     (False, "reset"): "gru_reset_before",
     (True, "update"): "gru_update",
 }
-_OPTIONS = ("reset_after", "gates", "peephole", "coupled", "zoneout", "recurrent_dropout")  # that torch.nn has not
+# Those that torch.nn has not.
+_OPTIONS = ("reset_after", "gates", "peephole", "coupled", "layer_norm", "zoneout", "recurrent_dropout")
 
 
 class Kernel(NamedTuple):
@@ -39,13 +40,26 @@ class Kernel(NamedTuple):
     all_c_op: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None
     num_gates: int
     num_peepholes: int
+    num_norm_vectors: int
 
     @classmethod
     def of(cls, cell: dict[str, Any]) -> Kernel:
         """That of an entry of ``_C.cells()``."""
         ops, name = torch.ops.rnnfast, cell["name"]
         all_c_op = getattr(ops, f"{name}_all_c").default if cell["num_states"] == 2 else None
-        return cls(getattr(ops, name).default, all_c_op, cell["num_gates"], cell["num_peepholes"])
+        sizes = (cell["num_gates"], cell["num_peepholes"], cell["num_norm_vectors"])
+        return cls(getattr(ops, name).default, all_c_op, *sizes)
+
+    def extra_shapes(self, hidden_size: int) -> dict[str, int]:
+        """The size of each parameter that torch.nn's layers have not, by its name before ``_l``."""
+        shapes = {}
+        if self.num_peepholes:
+            shapes["weight_ch"] = self.num_peepholes * hidden_size
+        if self.num_norm_vectors:
+            shapes["weight_ln_ih"] = shapes["weight_ln_hh"] = self.num_gates * hidden_size
+        if self.num_norm_vectors > 2 * self.num_gates:
+            shapes["weight_ln_c"] = shapes["bias_ln_c"] = hidden_size
+        return shapes
 
 
 # By the name of the cell, and for torch.nn's own by the mode too.
@@ -97,26 +111,49 @@ def set_masks(layer: Layer, zoneout: Any, recurrent_dropout: Any) -> None:
     set_options(layer, zoneout=zoneout, recurrent_dropout=recurrent_dropout)
 
 
-def gru_cell(reset_after: Any, gates: Any) -> str:
+def _check_flags(kind: str, **flags: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{kind}: {name} should be of type bool, got: {type(value).__name__}")
+
+
+def lstm_cell(peephole: Any, coupled: Any, layer_norm: Any) -> str:
     """The name of the cell, or an exception."""
-    if not isinstance(reset_after, bool):
-        raise TypeError(f"GRU: reset_after should be of type bool, got: {type(reset_after).__name__}")
+    _check_flags("LSTM", peephole=peephole, coupled=coupled, layer_norm=layer_norm)
+    if layer_norm and (peephole or coupled):
+        other = "peephole" if peephole else "coupled"
+        raise ValueError(f"LSTM: layer_norm does not go with {other}: there is no such cell")
+    return f"lstm{'_layer_norm' * layer_norm}{'_coupled' * coupled}{'_peephole' * peephole}"
+
+
+def gru_cell(reset_after: Any, gates: Any, layer_norm: Any) -> str:
+    """The name of the cell, or an exception."""
+    _check_flags("GRU", reset_after=reset_after, layer_norm=layer_norm)
     if gates not in ("both", "reset", "update"):
         raise ValueError(f"GRU: gates should be 'both', 'reset' or 'update', got: {gates!r}")
     if gates == "update" and not reset_after:
         raise ValueError("GRU: reset_after=False with gates='update' makes no sense: there is no reset gate")
-    return _CELL_OF_GRU[reset_after, gates]
+    if layer_norm and not (reset_after and gates == "both"):
+        other = "reset_after=False" if not reset_after else f"gates={gates!r}"
+        raise ValueError(f"GRU: layer_norm does not go with {other}: there is no such cell")
+    return "gru_layer_norm" if layer_norm else _CELL_OF_GRU[reset_after, gates]
 
 
 def become(layer: Layer, cell: str) -> None:
     """Make a layer that torch.nn just made one of another cell: parameters keep the rows of as many gates as it has."""
+    if KERNELS[cell].num_norm_vectors and layer.proj_size:
+        raise ValueError("LSTM: layer_norm does not go with proj_size: there is no such cell")
     rows = KERNELS[cell].num_gates * layer.hidden_size
     layer._variant = cell
-    for d in range(len(layer._all_weights) if KERNELS[cell].num_peepholes else 0):
-        like: Any = layer.weight_ih_l0
-        weight = like.new_empty(KERNELS[cell].num_peepholes * layer.hidden_size)
-        torch.nn.init.uniform_(weight, -(layer.hidden_size**-0.5), layer.hidden_size**-0.5)
-        layer.register_parameter(peephole_name(layer, d), torch.nn.Parameter(weight.detach()))
+    for d in range(len(layer._all_weights)):
+        for name, size in KERNELS[cell].extra_shapes(layer.hidden_size).items():
+            if name == "bias_ln_c" and not layer.bias:
+                continue
+            like: Any = layer.weight_ih_l0
+            weight = torch.nn.Parameter(like.detach().new_empty(size))
+            if not set_norm_weight(name, weight):
+                torch.nn.init.uniform_(weight, -(layer.hidden_size**-0.5), layer.hidden_size**-0.5)
+            layer.register_parameter(extra_name(layer, name, d), weight)
     if rows == KERNELS[layer.mode].num_gates * layer.hidden_size:
         return
     for name in [name for names in layer._all_weights for name in names if not name.startswith("weight_hr")]:
@@ -131,6 +168,14 @@ def zoneouts_of(layer: Any) -> tuple[float, float]:
     return zoneout, zoneout if layer.mode == "LSTM" else 0.0
 
 
-def peephole_name(layer: Layer, d: int) -> str:
-    """The name of the peepholes' parameter of direction ``d`` of all."""
-    return f"weight_ch{layer._all_weights[d][0].removeprefix('weight_ih')}"
+def set_norm_weight(name: str, weight: Tensor) -> bool:
+    """Give a parameter of layer normalization its first value, gains 1 and biases 0; whether it is one."""
+    if not name.startswith(("weight_ln", "bias_ln")):
+        return False
+    torch.nn.init.constant_(weight, float(name.startswith("weight")))
+    return True
+
+
+def extra_name(layer: Layer, name: str, d: int) -> str:
+    """The name of a parameter that torch.nn's layers have not, of direction ``d`` of all."""
+    return f"{name}{layer._all_weights[d][0].removeprefix('weight_ih')}"

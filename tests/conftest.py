@@ -22,8 +22,8 @@ torch.compiler.config.cache_key_tag = f"rnnfast {os.stat(_C.__file__).st_mtime_n
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 CELLS = [cell["name"] for cell in _C.cells()]
-# torch.nn's, one of two gates of which one is late, and one of three gates with peepholes.
-FEW_CELLS = ["rnn_tanh", "rnn_relu", "gru", "lstm", "gru_reset_before", "lstm_coupled_peephole"]
+# torch.nn's, one of two gates of which one is late, one of three gates with peepholes, and one with norms.
+FEW_CELLS = ["rnn_tanh", "rnn_relu", "gru", "lstm", "gru_reset_before", "lstm_coupled_peephole", "lstm_layer_norm"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

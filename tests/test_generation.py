@@ -204,7 +204,7 @@ def test_nothing_to_write():
 
 def test_the_loops_check_what_python_did_not():
     """The ops behind generate and forecast may be called by anyone."""
-    weights = [*rnnfast.GRU(V, 6).parameters(), None, None, None, None]
+    weights = [*rnnfast.GRU(V, 6).parameters(), *[None] * 5]
     output = torch.nn.Linear(6, V)
     finished = torch.zeros(2, dtype=torch.bool)
 
@@ -229,13 +229,13 @@ def test_the_loops_check_what_python_did_not():
         ({"p": 0.0}, "top_p"),
         ({"stop": V}, "stop_token"),
         ({"h": torch.zeros(2, 2, 6)}, r"h: expected \[L, N"),
-        ({"weights": weights[:3]}, "weights: expected 8 for each layer"),
-        ({"weights": []}, "weights: expected 8 for each layer"),
+        ({"weights": weights[:3]}, "weights: expected 9 for each layer"),
+        ({"weights": []}, "weights: expected 9 for each layer"),
     ):
         with pytest.raises(ValueError, match=match):
             write(**changes)
     # fewer columns to look up than tokens to choose from
-    narrow = [*rnnfast.GRU(V - 3, 6).parameters(), None, None, None, None]
+    narrow = [*rnnfast.GRU(V - 3, 6).parameters(), *[None] * 5]
     certain = torch.zeros(2, V)
     certain[1, V - 1] = 9.0
     with pytest.raises(IndexError, match=f"input: expected tokens from 0 to {V - 4}, .* got {V - 1}"):

@@ -23,6 +23,8 @@ def token_call(cell, steps, batch, kinds, hidden, *, bias=True, kind="padded", r
         shapes["c0"] = (batch, hidden)
     if reference.CELLS[cell].num_peepholes:
         shapes["weight_ch"] = (reference.CELLS[cell].num_peepholes * hidden,)
+    if reference.CELLS[cell].is_normalized:
+        shapes["weight_ln"] = (reference.CELLS[cell].num_norm_vectors * hidden,)
     tensors = {name: torch.randn(shape, dtype=dtype, requires_grad=True) for name, shape in shapes.items()}
     options = {"reverse": reverse}
     tokens = torch.randint(kinds, (steps, batch))
