@@ -52,6 +52,7 @@ py::list cells() {
     entry["saves_hidden"] = cell.saves_hidden;
     entry["num_late_gates"] = cell.late_gates;
     entry["num_peepholes"] = cell.peepholes;
+    entry["num_norm_vectors"] = cell.norm_vectors;
     entry["source"] = cell.source;
     list.append(entry);
   }
@@ -117,7 +118,7 @@ py::dict explain(const std::string& name, int64_t T, int64_t N, int64_t I, int64
     throw py::value_error("dtype: expected float32, float64, bfloat16 or float16, got '" + dtype + "'");
   const Sizes size{T, N, I, H, P, T * N};
   const bool is_double = dtype == "float64";
-  const int64_t saved = !training ? 0 : cell.slots + (cell.has_cell || cell.saves_hidden);
+  const int64_t saved = !training ? 0 : cell.slots + cell.has_cell + cell.saves_hidden;
   py::dict d;
   d["cell"] = cell.name;
   d["dtype"] = dtype;

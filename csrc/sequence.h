@@ -27,6 +27,7 @@ struct CellInfo {
   bool saves_hidden;  // backward needs a copy of h
   int late_gates;     // of the gates, those whose recurrent product is not of h alone (cells.h)
   int peepholes;      // vectors of weights by which gates see c
+  int norm_vectors;   // vectors of layer normalization's weights
   bool has_resident;  // on a GPU (cuda/plan.h)
 };
 
@@ -111,6 +112,7 @@ struct SequenceParams {
   const E *w_ih, *w_hh, *b_ih, *b_hh;  // [G*H, I], [G*H, P], [G*H], [G*H]
   const E* w_hr;                       // [P, H]
   const E* w_ch;                       // [peepholes, H]
+  const E* w_ln;                       // [norm_vectors, H]: gains of both products; of a cell with c gain_c and b_c
   const E* recurrent_mask;             // [N, P] multiplies h where it enters the recurrent product
   Rows<const E> keep_h, keep_c;        // [T, N, H] the share of the old state that stays (zoneout); not if projected
 
@@ -128,7 +130,7 @@ struct SequenceParams {
   Rows<E> dinput;                            // [T, N, I]
   E *dh0, *dc0;                              // [N, P], [N, H]
   E *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;  // as the weights
-  E* dw_ch;
+  E *dw_ch, *dw_ln;
   // The factors of the weight gradients, for who sums their products over some of the rows only (one sequence, say):
   // dW_ih = dgates_ih^T x, dW_hh = dgates_hh^T h_prev, dW_hr = dprojected^T h_raw over all rows. Torch's gate order.
   Rows<T> dgates_ih, dgates_hh;  // [T, N, G*H]

@@ -30,6 +30,7 @@ template <typename Cell, typename T, typename E>
 Driver<T, E> emulated_driver() {
   using Params = SequenceParams<T, E>;
   static const Driver<T, E> driver = make_device_driver<Cell, T, E>();
+  if (!driver.forward) return driver;
   static const auto on_device = [](const Params& given) {
     Params p = given;
     p.device.capability = device.capability, p.device.multiprocessors = device.multiprocessors;
@@ -48,9 +49,10 @@ Driver<T, E> emulated_driver() {
 template <typename Cell>
 void add_cell(DriverTable& table) {
   const int i = table.num_cells++;
-  table.cells[i] = {Cell::kName,      Cell::kSource,    Cell::kGates,
-                    Cell::kSlots,     Cell::kHasCell,   Cell::kHidden == Hidden::kSaved,
-                    Cell::kLateGates, Cell::kPeepholes, Cell::kHasResident};
+  table.cells[i] = {Cell::kName,       Cell::kSource,    Cell::kGates,
+                    Cell::kSlots,      Cell::kHasCell,   Cell::kHidden == Hidden::kSaved,
+                    Cell::kLateGates,  Cell::kPeepholes, Cell::kNorms ? 2 * (Cell::kGates + Cell::kHasCell) : 0,
+                    Cell::kHasResident};
   table.f32[i] = emulated_driver<Cell, float, float>();
   table.f64[i] = emulated_driver<Cell, double, double>();
   table.f16[i] = emulated_driver<Cell, float, Half>();
