@@ -52,6 +52,7 @@ py::list cells() {
     entry["saves_hidden"] = cell.saves_hidden;
     entry["num_late_gates"] = cell.late_gates;
     entry["num_peepholes"] = cell.peepholes;
+    entry["num_norm_vectors"] = cell.norm_vectors;
     entry["source"] = cell.source;
     list.append(entry);
   }
@@ -83,7 +84,7 @@ void explain_cuda(py::dict d, const CellInfo& cell, const Sizes& size, at::Scala
   const Device device = describe_device(index, element);
   const auto add = [&](const std::string& prefix, bool backward) {
     const int bytes = static_cast<int>(c10::elementSize(element));
-    const DevicePlan plan = make_device_plan({size, cell.gates, cell.slots, cell.late_gates > 0, size.P != size.H,
+    const DevicePlan plan = make_device_plan({size, cell.gates, cell.slots, cell.has_resident, size.P != size.H,
                                               backward, bytes, std::max(bytes, 4), device.capability,
                                               device.multiprocessors, device.block_memory, device.tf32});
     const auto set = [&](const char* name, auto value) { d[py::str(prefix + name)] = value; };
@@ -117,7 +118,7 @@ py::dict explain(const std::string& name, int64_t T, int64_t N, int64_t I, int64
     throw py::value_error("dtype: expected float32, float64, bfloat16 or float16, got '" + dtype + "'");
   const Sizes size{T, N, I, H, P, T * N};
   const bool is_double = dtype == "float64";
-  const int64_t saved = !training ? 0 : cell.slots + (cell.has_cell || cell.saves_hidden);
+  const int64_t saved = !training ? 0 : cell.slots + cell.has_cell + cell.saves_hidden;
   py::dict d;
   d["cell"] = cell.name;
   d["dtype"] = dtype;
@@ -176,6 +177,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("supported_isas", &isa_names);
   m.def("get_isa", [] { return drivers().isa; });
   m.def("set_isa", &set_isa_or_raise, py::arg("name"));
+  m.def(
+      "_add_drivers", [](uintptr_t table) { add_drivers(reinterpret_cast<const DriverTable*>(table)); },
+      py::arg("table"));
   m.def("explain", &explain, py::arg("cell"), py::arg("T"), py::arg("N"), py::arg("I"), py::arg("H"), py::arg("P"),
         py::arg("dtype"), py::arg("training"), py::arg("threads"), py::arg("device") = py::none());
 }

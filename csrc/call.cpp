@@ -147,18 +147,20 @@ Call::Call(int index, RNNFAST_ARGUMENTS)
     check_shape("c0", *c0, {{"N", size_.N}, {"H", size_.H}});
   }
 
-  check_extras(weight_ih, weight_ch, recurrent_mask, zoneout_h, zoneout_c, has(weight_hr));
+  check_extras(weight_ih, weight_ch, recurrent_mask, zoneout_h, zoneout_c, weight_ln, has(weight_hr));
 
   dtype_ = weight_ih.scalar_type();
   compute_ = dtype_ == at::kDouble ? at::kDouble : at::kFloat;
   const bool is_native =
       (dtype_ == at::kHalf && table_.f16[index].forward) || (dtype_ == at::kBFloat16 && table_.bf16[index].forward);
   storage_ = is_native ? dtype_ : compute_;
+  TORCH_CHECK(compute_ == at::kDouble ? table_.f64[index].forward : table_.f32[index].forward, what("input"),
+              "expected a tensor on the CPU: this cell has no kernels for ", device_);
   input_ = is_tokens_ ? input.contiguous() : rows(input);
   h0_ = dense(h0), c0_ = dense(c0);
   weight_ih_ = dense(weight_ih), weight_hh_ = dense(weight_hh);
   bias_ih_ = dense(bias_ih), bias_hh_ = dense(bias_hh), weight_hr_ = dense(weight_hr);
-  weight_ch_ = dense(weight_ch), recurrent_mask_ = dense(recurrent_mask);
+  weight_ch_ = dense(weight_ch), weight_ln_ = dense(weight_ln), recurrent_mask_ = dense(recurrent_mask);
   if (has(zoneout_h)) zoneout_h_ = rows(*zoneout_h);
   if (has(zoneout_c)) zoneout_c_ = rows(*zoneout_c);
 }
@@ -287,6 +289,7 @@ Gradients Call::backward(const MaybeTensor& grad_output, const MaybeTensor& grad
       wanted(6, bias_ih_.defined(), {GH}),
       wanted(7, weight_hr_.defined(), {z.P, z.H}),
       wanted(8, weight_ch_.defined(), {cell_.peepholes * z.H}),
+      wanted(9, weight_ln_.defined(), {cell_.norm_vectors * z.H}),
   };
   if (factors) {
     const bool is_projected = weight_hr_.defined();
@@ -323,7 +326,7 @@ Gradients Call::backward(const MaybeTensor& grad_output, const MaybeTensor& grad
       p.dw_ih = target(3, true), p.dw_hh = target(4, true);
       p.db_ih = target(5, bias_ih_.defined()), p.db_hh = target(6, bias_ih_.defined());
       p.dw_hr = target(7, weight_hr_.defined());
-      p.dw_ch = target(8, weight_ch_.defined());
+      p.dw_ch = target(8, weight_ch_.defined()), p.dw_ln = target(9, weight_ln_.defined());
     }
     run_driver(p, driver.backward_scratch, driver.backward);
   };
@@ -388,8 +391,11 @@ void Call::check_dtype_and_device(const Tensor& input, const MaybeTensor& h0, co
 }
 
 void Call::check_extras(const Tensor& like, const MaybeTensor& weight_ch, const MaybeTensor& recurrent_mask,
-                        const MaybeTensor& zoneout_h, const MaybeTensor& zoneout_c, bool is_projected) const {
-  if (cell_.peepholes == 0 && !has(weight_ch) && !has(recurrent_mask) && !has(zoneout_h) && !has(zoneout_c)) return;
+                        const MaybeTensor& zoneout_h, const MaybeTensor& zoneout_c, const MaybeTensor& weight_ln,
+                        bool is_projected) const {
+  if (cell_.peepholes + cell_.norm_vectors == 0 && !has(weight_ch) && !has(recurrent_mask) && !has(zoneout_h) &&
+      !has(zoneout_c) && !has(weight_ln))
+    return;
   const auto check = [&](const char* argument, const MaybeTensor& t, const std::vector<Dim>& dims) {
     if (!has(t)) return;
     TORCH_CHECK_VALUE(t->layout() == at::kStrided, what(argument), "expected a dense tensor, got layout ", t->layout());
@@ -403,6 +409,12 @@ void Call::check_extras(const Tensor& like, const MaybeTensor& weight_ch, const 
       has(weight_ch) == (V > 0), what("weight_ch"),
       V > 0 ? "expected the weights of the peepholes, [V*H], got None" : "this cell has no peepholes; expected None");
   check("weight_ch", weight_ch, {{"V*H", V * size_.H}});
+  const int64_t L = cell_.norm_vectors;
+  TORCH_CHECK_VALUE(has(weight_ln) == (L > 0), what("weight_ln"),
+                    L > 0 ? "expected the weights of layer normalization, [V*H], got None"
+                          : "this cell has no layer normalization; expected None");
+  check("weight_ln", weight_ln, {{"V*H", L * size_.H}});
+  TORCH_CHECK_VALUE(L == 0 || !is_projected, what("weight_hr"), "not with layer normalization; expected None");
   check("recurrent_mask", recurrent_mask, {{"N", size_.N}, {"P", size_.P}});
   std::vector<Dim> steps = outer_dims_;
   steps.push_back({"H", size_.H});
@@ -568,7 +580,7 @@ SequenceParams<T, E> Call::params(bool backward) const {
   p.h0 = data<E>(h0_), p.c0 = data<E>(c0_);
   p.w_ih = data<E>(weight_ih_), p.w_hh = data<E>(weight_hh_);
   p.b_ih = data<E>(bias_ih_), p.b_hh = data<E>(bias_hh_), p.w_hr = data<E>(weight_hr_);
-  p.w_ch = data<E>(weight_ch_), p.recurrent_mask = data<E>(recurrent_mask_);
+  p.w_ch = data<E>(weight_ch_), p.w_ln = data<E>(weight_ln_), p.recurrent_mask = data<E>(recurrent_mask_);
   p.keep_h = view<E>(zoneout_h_), p.keep_c = view<E>(zoneout_c_);
 
   const int64_t* on_device = data<int64_t>(on_device_);
@@ -634,7 +646,7 @@ std::unique_ptr<Stepper> make_stepper(const std::string& cell, const Tensor& inp
   return std::make_unique<CallStepper>(Call(static_cast<int>(found - table.cells), input, h0, c0, *weights.at(0),
                                             *weights.at(1), weights.at(2), weights.at(3), weights.at(4), std::nullopt,
                                             std::nullopt, std::nullopt, false, weights.at(5), std::nullopt,
-                                            weights.at(6), weights.at(7)));
+                                            weights.at(6), weights.at(7), weights.at(8)));
 }
 
 }  // namespace rnnfast

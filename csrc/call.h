@@ -31,19 +31,20 @@ Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
       const MaybeTensor &bias_ih, const MaybeTensor &bias_hh, const MaybeTensor &weight_hr,                            \
       const MaybeTensor &batch_sizes, const MaybeTensor &lengths, const MaybeTensor &resets, bool reverse,             \
       const MaybeTensor &weight_ch, const MaybeTensor &recurrent_mask, const MaybeTensor &zoneout_h,                   \
-      const MaybeTensor &zoneout_c
+      const MaybeTensor &zoneout_c, const MaybeTensor &weight_ln
 #define RNNFAST_PASS                                                                                                  \
   input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, lengths, resets, reverse, weight_ch, \
-      recurrent_mask, zoneout_h, zoneout_c
+      recurrent_mask, zoneout_h, zoneout_c, weight_ln
 
-constexpr int kNumGradients = 9;  // input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch
+// input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, weight_ln
+constexpr int kNumGradients = 10;
 constexpr int kFirstWeight = 3, kNumFactors = 5;
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;                                // output, h_n, c_n
 using SavingOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // ... gates, cells, hidden
 using OutputsAllC = std::tuple<Tensor, Tensor, Tensor, Tensor>;                    // ... all_c
 using SavingOutputsAllC = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Factors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 struct Dim {
@@ -91,7 +92,8 @@ class Call {
 
   // What plain calls do not have.
   void check_extras(const Tensor& like, const MaybeTensor& weight_ch, const MaybeTensor& recurrent_mask,
-                    const MaybeTensor& zoneout_h, const MaybeTensor& zoneout_c, bool is_projected) const;
+                    const MaybeTensor& zoneout_h, const MaybeTensor& zoneout_c, const MaybeTensor& weight_ln,
+                    bool is_projected) const;
 
   void check_tokens(const Tensor& tokens, bool is_packed) const;
 
@@ -140,7 +142,7 @@ class Call {
   std::vector<int64_t> outer_;
   std::vector<Dim> outer_dims_;
   Tensor batch_sizes_, lengths_, resets_;
-  Tensor input_, h0_, c0_, weight_ih_, weight_hh_, bias_ih_, bias_hh_, weight_hr_, weight_ch_;
+  Tensor input_, h0_, c0_, weight_ih_, weight_hh_, bias_ih_, bias_hh_, weight_hr_, weight_ch_, weight_ln_;
   Tensor recurrent_mask_, zoneout_h_, zoneout_c_;
   Tensor output_, scratch_;  // of step()
   std::vector<int64_t> active_, first_row_, order_;

@@ -30,7 +30,7 @@ class Members {
   const int64_t count_;
   const bool is_tokens_, reverse_;
   MaybeTensor batch_sizes_;
-  std::array<MaybeTensor, 14> tensors_;  // those with a gradient first
+  std::array<MaybeTensor, 15> tensors_;  // those with a gradient first
 };
 
 }  // namespace rnnfast

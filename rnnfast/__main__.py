@@ -8,6 +8,7 @@ float64.
 import platform
 import sys
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +39,10 @@ def _describe() -> None:
         print(f"{name:<16}{value}")
 
 
-def _arguments(gates: int, states: int, peepholes: int, shape: tuple[int, int, int, int]) -> list[Tensor | None]:
-    """The op's first eight arguments and weight_ch, in float64."""
+def _arguments(cell: dict[str, Any], shape: tuple[int, int, int, int]) -> list[Tensor | None]:
+    """The op's first eight arguments, weight_ch and weight_ln, in float64."""
     steps, batch, inputs, hidden = shape
+    gates, peepholes, norm_vectors = (cell[f"num_{what}"] for what in ("gates", "peepholes", "norm_vectors"))
     generator = torch.Generator().manual_seed(0)
 
     def uniform(*size: int) -> Tensor:
@@ -49,13 +51,14 @@ def _arguments(gates: int, states: int, peepholes: int, shape: tuple[int, int, i
     return [
         uniform(steps, batch, inputs),
         uniform(batch, hidden),
-        uniform(batch, hidden) if states == 2 else None,
+        uniform(batch, hidden) if cell["num_states"] == 2 else None,
         uniform(gates * hidden, inputs),
         uniform(gates * hidden, hidden),
         uniform(gates * hidden),
         uniform(gates * hidden),
         None,
         uniform(peepholes * hidden) if peepholes else None,
+        uniform(norm_vectors * hidden) if norm_vectors else None,
     ]
 
 
@@ -65,21 +68,22 @@ def _evaluate(
     """Outputs, then the gradients of one loss that mixes all of them."""
     assert callable(op)
     leaves = [None if tensor is None else tensor.to(device, dtype).requires_grad_() for tensor in arguments]
-    outputs = [out for out in op(*leaves[:8], None, None, None, reverse, leaves[8]) if out.requires_grad]
+    extras = {"reverse": reverse, "weight_ch": leaves[8], "weight_ln": leaves[9]}
+    outputs = [out for out in op(*leaves[:8], **extras) if out.requires_grad]
     loss = torch.stack([(out.double() * (1 + out.detach().double().cos())).sum() for out in outputs]).sum()
     gradients = torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None])
     return [tensor.detach().double().cpu() for tensor in (*outputs, *gradients)]
 
 
-def _check(cell: str, gates: int, states: int, peepholes: int, device: str) -> tuple[float, int]:
+def _check(cell: dict[str, Any], device: str) -> tuple[float, int]:
     """The largest error over the tolerance (good up to 1), and the number of comparisons; for the present ISA."""
     worst, count = 0.0, 0
     for shape in _SHAPES:
-        arguments = _arguments(gates, states, peepholes, shape)
+        arguments = _arguments(cell, shape)
         for reverse in (False, True):
-            exact = _evaluate(getattr(reference, cell), arguments, torch.float64, reverse)
+            exact = _evaluate(getattr(reference, cell["name"]), arguments, torch.float64, reverse)
             for dtype, tolerance in _TOLERANCES.items():
-                ours = _evaluate(getattr(torch.ops.rnnfast, cell), arguments, dtype, reverse, device)
+                ours = _evaluate(getattr(torch.ops.rnnfast, cell["name"]), arguments, dtype, reverse, device)
                 for have, want in zip(ours, exact, strict=True):
                     error = (have - want).abs().max().item() / max(1.0, want.abs().max().item())
                     worst = max(worst, error / tolerance if error == error else float("inf"))
@@ -102,7 +106,7 @@ def main() -> int:
         if device == "cpu":
             rnnfast.set_isa(kernel)
         for cell in _C.cells():
-            worst, count = _check(cell["name"], cell["num_gates"], cell["num_states"], cell["num_peepholes"], device)
+            worst, count = _check(cell, device)
             failures += not worst <= 1
             print(
                 f"{'ok    ' if worst <= 1 else 'FAILED'}  {cell['name']:<21} {kernel:<9} forward and gradient, "

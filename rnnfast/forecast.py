@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnnfast import modules
+from rnnfast.call import loop_weights, refuse_loop
 from rnnfast.lm import _evaluating
+from rnnfast.options import cell_of
 from rnnfast.text import DATA_VARIABLE, CorpusError
 
 __all__ = ["SERIES", "Prediction", "RNNAutoRegression", "Series", "load_series", "noisy_sine"]
@@ -144,7 +145,7 @@ class RNNAutoRegression(nn.Module):
                 f"RNNAutoRegression: num_paths: expected at least 1 and distribution=True, got {num_paths} and "
                 f"distribution={self.distribution}"
             )
-        modules._refuse_loop("RNNAutoRegression: forecasting", self.output.weight)
+        refuse_loop("RNNAutoRegression: forecasting", self.output.weight)
         rnn = self.rnn
         with _evaluating(self):
             scaled = self._scaled(self._check(series, self.tau or 1))
@@ -161,9 +162,9 @@ class RNNAutoRegression(nn.Module):
                     None if part is None else part.repeat(*[1] * (part.dim() - 2), num_paths, 1)
                     for part in (head, window, h, c)
                 )
-            weights = modules._loop_weights(rnn)
+            weights = loop_weights(rnn)
             mean, scale = torch.ops.rnnfast._forecast.default(
-                modules._cell_of(rnn),
+                cell_of(rnn),
                 window,
                 head,
                 h,

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnnfast import modules
+from rnnfast import call, modules
+from rnnfast.options import cell_of
 
 __all__ = ["RNNLM", "Generated", "detach_state", "linear_cross_entropy"]
 
@@ -308,7 +309,7 @@ class RNNLM(nn.Module):
         weight: Tensor = self.output.weight
         bias: Tensor = self.output.bias
         device = hidden.device.type
-        if modules._any_autocast() and modules._under_autocast(hidden):
+        if call.any_autocast() and call.under_autocast(hidden):
             low = torch.get_autocast_dtype(device)
             rows, weight, bias = rows.to(low), weight.to(low), bias.to(low)
         with torch.autocast(device, enabled=False):
@@ -452,29 +453,29 @@ class RNNLM(nn.Module):
         ndim = tokens.dim() + 1
         names = ("hidden[0]", "hidden[1]") if mode == "LSTM" else ("hidden",)
         if mode == "LSTM" and state is not None and (not isinstance(state, (tuple, list)) or len(state) != 2):
-            modules._refuse_pair("LSTM", state)
+            call.refuse_pair("LSTM", state)
         states = [] if state is None else list(state) if mode == "LSTM" else [state]
         directions = len(rnn._all_weights)
         for name, one, size in zip(names, states, (rnn.proj_size or rnn.hidden_size, rnn.hidden_size), strict=False):
-            modules._check_state(mode, name, one, ndim, (directions, steps.shape[1], size), steps)
+            call.check_state(mode, name, one, ndim, (directions, steps.shape[1], size), steps)
         if ndim == 2:
             states = [one.unsqueeze(1) for one in states]
         weights: list[tuple[Any, ...]] = [
-            modules._weights(rnn, names, rnn.bias, rnn.proj_size) for names in rnn._all_weights
+            call.weights_of(rnn, names, rnn.bias, rnn.proj_size) for names in rnn._all_weights
         ]
         output_dtype = None
         h0, c0 = [*states, None, None][:2]
-        if modules._any_autocast() and modules._under_autocast(steps):
+        if call.any_autocast() and call.under_autocast(steps):
             stand_in = weights[0][0]  # one-hot rows would be made in its dtype
-            compute, output_dtype = modules._autocast_dtypes(mode, rnn.proj_size, False, stand_in, h0, c0)
+            compute, output_dtype = call.autocast_dtypes(mode, rnn.proj_size, False, stand_in, h0, c0)
             if compute is not None:
-                h0, c0 = modules._cast(h0, compute), modules._cast(c0, compute)
-                weights = [tuple(modules._cast(weight, compute) for weight in five) for five in weights]
+                h0, c0 = call.cast(h0, compute), call.cast(c0, compute)
+                weights = [tuple(call.cast(weight, compute) for weight in five) for five in weights]
         for one in (h0, c0):
             if one is not None and one.dtype != weights[0][0].dtype:
-                modules._refuse_state_dtype(mode, weights[0][0], h0, c0)
+                call.refuse_state_dtype(mode, weights[0][0], h0, c0)
         bounds = (None, lengths, None)  # neither packed nor with resets
-        output, h_n, c_n, _ = modules._run_layers(rnn, steps, h0, c0, weights, bounds, False)
+        output, h_n, c_n, _ = call.run_layers(rnn, steps, h0, c0, weights, bounds, False)
         if output_dtype is not None:
             output, h_n = output.to(output_dtype), h_n.to(output_dtype)
         if ndim == 2:
@@ -523,7 +524,7 @@ class RNNLM(nn.Module):
         """The prompt as one tensor, padded where there were several, and what is known after it."""
         if num_tokens < 0:
             raise ValueError(f"RNNLM: num_tokens: expected at least 0, got {num_tokens}")
-        modules._refuse_loop("RNNLM: generation", self.output.weight)
+        call.refuse_loop("RNNLM: generation", self.output.weight)
         tokens: Tensor
         tokens, lengths = self._side_by_side(prompt) if isinstance(prompt, (list, tuple)) else (prompt, None)
         if isinstance(tokens, Tensor) and tokens.numel() == 0:
@@ -578,10 +579,10 @@ class RNNLM(nn.Module):
     def _write(self, progress: _Progress, num_tokens: int, choice: tuple[Any, ...]) -> tuple[Tensor, _Progress]:
         """New tokens ``[steps, N]``, and what is known after them."""
         rnn = self.rnn
-        weights = modules._loop_weights(rnn)
+        weights = call.loop_weights(rnn)
         embedding = None if self.embedding is None else self.embedding.weight
         tokens, scores, h, c, finished = torch.ops.rnnfast._generate.default(
-            modules._cell_of(rnn),
+            cell_of(rnn),
             progress.scores,
             *progress.states,
             weights,

@@ -37,8 +37,8 @@ def missing_cuda() -> str:
 
 DEVICES = ["cpu"] if missing_cuda() else ["cpu", "cuda"]
 CELLS = [cell["name"] for cell in _C.cells()]
-# torch.nn's, one of two gates of which one is late, and one of three gates with peepholes.
-FEW_CELLS = ["rnn_tanh", "rnn_relu", "gru", "lstm", "gru_reset_before", "lstm_coupled_peephole"]
+# torch.nn's, one of two gates of which one is late, one of three gates with peepholes, and one with norms.
+FEW_CELLS = ["rnn_tanh", "rnn_relu", "gru", "lstm", "gru_reset_before", "lstm_coupled_peephole", "lstm_layer_norm"]
 
 
 def pytest_report_header() -> str:

@@ -32,11 +32,13 @@ CELL_MODULES: dict[str, tuple[str, dict[str, Any]]] = {
 # The cells that torch.nn has not, by name: class, options, number of gates.
 OPTIONS: dict[str, tuple[str, dict[str, Any], int]] = {
     "gru_before": ("GRU", {"reset_after": False}, 3),
+    "gru_layer_norm": ("GRU", {"layer_norm": True}, 3),
     "gru_reset": ("GRU", {"gates": "reset"}, 2),
     "gru_reset_before": ("GRU", {"gates": "reset", "reset_after": False}, 2),
     "gru_update": ("GRU", {"gates": "update"}, 2),
     "lstm_coupled": ("LSTM", {"coupled": True}, 3),
     "lstm_coupled_peephole": ("LSTM", {"coupled": True, "peephole": True}, 3),
+    "lstm_layer_norm": ("LSTM", {"layer_norm": True}, 4),
     "lstm_peephole": ("LSTM", {"peephole": True}, 4),
 }
 CLASSES = ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"]

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from agreement import cotangent
-from strategies import MASKS, Call, Case
+from strategies import DIFFERENTIABLE, MASKS, Call, Case
 from test_ops import backward_op, forward_op
 
 from rnnfast.reference import CELLS as REFERENCES
 
 E, T, N, I, H = 3, 4, 6, 3, 17  # noqa: E741  (the letter of the whole code base)
-WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "weight_ch")
+WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "weight_ch", "weight_ln")
 VARIANTS = {
     "padded": {},
     "reverse": {"reverse": True},
@@ -150,7 +150,7 @@ def test_opcheck(cell, device, variant):
     arguments = call.everything()
     saved = forward_op(cell)(*arguments)
     grads = [cotangent(y) if y.numel() else None for y in saved[:3]]
-    needs = [t is not None and t.is_floating_point() for t in (*call.positional(), call.tensors.get("weight_ch"))]
+    needs = [n in call.tensors and call.tensors[n].is_floating_point() for n in DIFFERENTIABLE]
     everything = (*grads, *arguments, *saved[3:], needs)
     torch.library.opcheck(backward_op(cell), everything, test_utils=("test_schema", "test_faketensor"))
 
@@ -212,7 +212,7 @@ def test_refused_gradients(cell, device):
     call = stacked(cell, "padded").on(device)
     arguments = call.everything()
     saved = forward_op(cell)(*arguments)
-    needs = [t is not None for t in (*call.positional(), call.tensors.get("weight_ch"))]
+    needs = [name in call.tensors for name in DIFFERENTIABLE]
     for grad, match in (
         (saved[0][0, 0], r"grad_output: expected at least 2 dimensions, got \[17\]"),
         (saved[0][1:], r"grad_output: expected \[T, N, P\]"),

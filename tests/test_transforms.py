@@ -40,6 +40,8 @@ MODULES = {
     "LSTM-projected": lambda **k: rnnfast.LSTM(I, H, proj_size=2, bidirectional=True, **k),
     "GRU-before": lambda **k: rnnfast.GRU(I, H, reset_after=False, bidirectional=True, **k),
     "GRU-reset": lambda **k: rnnfast.GRU(I, H, gates="reset", **k),
+    "GRU-norm": lambda **k: rnnfast.GRU(I, H, layer_norm=True, **k),
+    "LSTM-norm": lambda **k: rnnfast.LSTM(I, H, layer_norm=True, bidirectional=True, **k),
     "LSTM-peephole": lambda **k: rnnfast.LSTM(I, H, peephole=True, bidirectional=True, **k),
     "LSTM-zoneout": lambda **k: rnnfast.LSTM(I, H, zoneout=(0.2, 0.5), recurrent_dropout=0.5, **k).eval(),
     "LSTM-coupled": lambda **k: rnnfast.LSTM(I, H, coupled=True, **k),
@@ -419,14 +421,17 @@ def test_tokens(cell, lengths):
     shapes: list[tuple[int, ...]] = [(gates, size), (gates, H), (gates,), (gates,)]
     if REFERENCES[cell].num_peepholes:
         shapes.append((REFERENCES[cell].num_peepholes * H,))
+    if REFERENCES[cell].is_normalized:
+        shapes.append((REFERENCES[cell].num_norm_vectors * H,))
     weights = tuple(torch.randn(*shape, dtype=torch.float64) for shape in shapes)
     h0 = torch.randn(N, H, dtype=torch.float64)
     op = getattr(torch.ops.rnnfast, cell)
     options = {} if lengths is None else {"lengths": torch.tensor(lengths, device="cpu")}
 
     def run(weights, h0, tokens):
-        peepholes = dict(zip(["weight_ch"], weights[4:], strict=False))
-        return op(tokens, h0, None, *weights[:4], None, **options, **peepholes)[: 1 + states]
+        name = "weight_ln" if REFERENCES[cell].is_normalized else "weight_ch"
+        extras = dict(zip([name], weights[4:], strict=False))
+        return op(tokens, h0, None, *weights[:4], None, **options, **extras)[: 1 + states]
 
     def by_one_hot(weights, h0, tokens):
         return run(weights, h0, torch.eye(size, dtype=torch.float64)[tokens])
