@@ -39,6 +39,15 @@ const CellInfo& cell_named(const std::string& name) {
   throw py::value_error("cell: unknown name '" + name + "'");
 }
 
+// Whether CUDA runs cell i in this build.
+bool is_on_cuda([[maybe_unused]] int i) {
+#ifdef RNNFAST_CUDA
+  return cuda_drivers().f32[i].forward != nullptr;
+#else
+  return false;
+#endif
+}
+
 py::list cells() {
   py::list list;
   const DriverTable& table = drivers();
@@ -53,6 +62,7 @@ py::list cells() {
     entry["num_late_gates"] = cell.late_gates;
     entry["num_peepholes"] = cell.peepholes;
     entry["num_norm_vectors"] = cell.norm_vectors;
+    entry["on_cuda"] = is_on_cuda(i);
     entry["source"] = cell.source;
     list.append(entry);
   }
@@ -81,6 +91,8 @@ py::dict build_info() {
 // What make_device_plan decides for forward and, with `training`, backward.
 void explain_cuda(py::dict d, const CellInfo& cell, const Sizes& size, at::ScalarType element, bool training,
                   int index) {
+  if (!is_on_cuda(static_cast<int>(&cell - drivers().cells)))
+    throw py::value_error(std::string("cell: expected one with kernels for CUDA, got '") + cell.name + "'");
   const Device device = describe_device(index, element);
   const auto add = [&](const std::string& prefix, bool backward) {
     const int bytes = static_cast<int>(c10::elementSize(element));

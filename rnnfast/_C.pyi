@@ -8,7 +8,8 @@ def cells() -> list[dict[str, Any]]:
     Each has ``name`` (of its op), ``num_gates``, ``num_states`` (1: h; 2: h and c), ``num_slots`` (numbers kept per
     unit for the backward, states not counted), ``saves_hidden`` (whether h is kept besides), ``num_late_gates`` (whose
     recurrent product is not of h alone), ``num_peepholes`` (vectors of weights by which gates see c),
-    ``num_norm_vectors`` (vectors of layer normalization's weights), ``source`` of the formula.
+    ``num_norm_vectors`` (vectors of layer normalization's weights), ``on_cuda`` (whether this build
+    runs it there), ``source`` of the formula.
     """
 
 def build_info() -> dict[str, Any]:

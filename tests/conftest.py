@@ -36,6 +36,7 @@ def missing_cuda() -> str:
 
 
 DEVICES = ["cpu"] if missing_cuda() else ["cpu", "cuda"]
+CPU_CELLS = {cell["name"] for cell in _C.cells() if not cell["on_cuda"]}
 CELLS = [cell["name"] for cell in _C.cells()]
 # torch.nn's, one of two gates of which one is late, one of three gates with peepholes, and one with norms.
 FEW_CELLS = ["rnn_tanh", "rnn_relu", "gru", "lstm", "gru_reset_before", "lstm_coupled_peephole", "lstm_layer_norm"]
@@ -57,6 +58,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     is_fixed = names & {"device", "kernel", "isa"} or metafunc.definition.get_closest_marker("cpu_only")
     if len(DEVICES) > 1 and "default_device" in names and not is_fixed:
         metafunc.parametrize("default_device", DEVICES, indirect=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip cells without CUDA kernels where a test would run them on CUDA."""
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        values = [value for value in params.values() if isinstance(value, str)]
+        if "cuda" in values and CPU_CELLS.intersection(values):
+            item.add_marker(pytest.mark.skip(reason="this cell has no kernels on CUDA"))
 
 
 @pytest.fixture(autouse=True)

@@ -105,7 +105,7 @@ def test_lengths_are_refused_by_a_graph(layer):
         layer(x, lengths=lengths)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two CUDA devices")
 def test_a_second_device(layer):
     """A call runs where its tensors are, whatever device is current."""
     x = torch.randn(T, N, I, device="cuda:0")
@@ -153,3 +153,17 @@ def test_runs_are_bitwise_equal(layer, dtype):
     want = train(layer, x)
     for _ in range(5):
         assert_equal(train(layer, x), want)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(layer, low):
+    """Everything is in autocast's dtype, gradients in the parameters' own."""
+    x = torch.randn(T, N, I, device="cuda")
+    exact, _ = layer(x)
+    with torch.autocast("cuda", dtype=low):
+        output, state = layer(x)
+    states = state if isinstance(state, tuple) else (state,)
+    assert all(y.dtype == low for y in (output, *states))
+    torch.testing.assert_close(output.float(), exact, rtol=0.05, atol=0.05)
+    output.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())

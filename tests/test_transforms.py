@@ -67,6 +67,8 @@ class Subject:
     """A module as functions of its parameters and input."""
 
     def __init__(self, name: str, dtype: torch.dtype = torch.float64) -> None:
+        if name.endswith("-norm") and torch.get_default_device().type == "cuda":
+            pytest.skip("this cell has no kernels on CUDA")
         self.make = lambda: MODULES[name](dtype=dtype)
         self.module = self.make()
         self.parameters = {name: p.detach() for name, p in self.module.named_parameters()}

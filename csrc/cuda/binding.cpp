@@ -27,6 +27,8 @@ cudaDataType_t cuda_type(at::ScalarType dtype) {
 }  // namespace
 
 Device describe_device(int index, at::ScalarType element) {
+  const int count = c10::cuda::device_count();
+  TORCH_CHECK_VALUE(index >= 0 && index < count, "device: expected one of ", count, " CUDA devices, got ", index);
   const cudaDeviceProp& properties = *at::cuda::getDeviceProperties(static_cast<c10::DeviceIndex>(index));
   Device device{};
   device.capability = properties.major * 10 + properties.minor;
