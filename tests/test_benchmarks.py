@@ -355,7 +355,7 @@ def test_peak_memory_is_that_of_the_call():
         kept.append(torch.ones(50, 1 << 18))  # 50 MiB
         kept.clear()
 
-    peak = heads.peak_megabytes(call)
+    peak = measure.peak_megabytes(call)
     if peak is None:
         pytest.skip("the system does not tell the highest resident size")
     assert 45 < peak < 70
