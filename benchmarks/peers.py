@@ -216,6 +216,8 @@ def jax_way(problem: Problem, threads: int) -> Way:
     import jax
     from jax import numpy as jnp
 
+    # Else a thread of its own runs the computation, and a small one waits for it longer than it takes.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     H, class_name = problem.case.H, CELLS[problem.cell].class_name
     activation = jax.nn.relu if CELLS[problem.cell].options.get("nonlinearity") == "relu" else jnp.tanh
 
