@@ -9,12 +9,17 @@ The ceiling is the multiply-add rate of one large product, the best of torch.mm,
 product (one step of many sequences). FIGURE is measured in turns with it: its share is the products' operations over
 time and ceiling, gate arithmetic not counted as work. In the plot a dotted line is the time at the ceiling.
 
+With one thread each shape has a floor, the longest of three times: `products`, at the ceiling; `reading`, of the
+weights from the cache that holds them, W_ih once and W_hh at each step, in training both ways; `calls`, the time of the
+smallest call there is. `near` is the floor over our time, `limit` which of the three it is.
+
 Units: milliseconds per call (medians); `ratio` is torch.nn's time over ours, `speedup` our time with the first number
 of threads over ours with this one (medians over the rounds); training is three times the operations of inference.
 """
 
 import argparse
 import csv
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -53,7 +58,7 @@ CEILING, QUICK_CEILING = (2048, 512, 2048), (64, 64, 64)
 TURN_SECONDS = 5e-3
 FIELDS = (
     *("axis", "cell", "mode", *"TNH", "threads", "rnnfast_ms", "torch_ms", "ratio", "ratio_low", "ratio_high", "pairs"),
-    *("gflops", "speedup", "ceiling", "ceiling_gflops", "share", "status"),
+    *("gflops", "speedup", "ceiling", "ceiling_gflops", "share", "limit", "floor_ms", "near", "status"),
 )
 
 
@@ -140,6 +145,43 @@ def measure(
     return rows
 
 
+@functools.cache
+def reading_rate(size: int) -> float:
+    """Returns the bytes that one thread reads in a second from an array of `size` bytes that it has read before."""
+    values = torch.ones(size // 4)
+    # Many readings in a call: summing a small array once takes less time than the call.
+    readings = values.expand(max((1 << 22) // size, 1), -1)
+    turn = with_threads(lambda: readings.sum(1), 1)
+    return readings.numel() * 4 / min(turn() for _ in range(5))
+
+
+def add_floors(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Fills `limit`, `floor_ms` and `near` of the rows with one thread, once the ceiling is known."""
+    ceilings = find_ceilings(rows)
+    if 1 not in ceilings:
+        return
+    smallest = make_case({"T": 1, "N": 1, "H": 1})
+    calls = {}
+    for cell in find_cells(dict.fromkeys(row["cell"] for row in rows)):
+        layer, _ = build_pair(smallest, cell, CPU, torch.float32)
+        for mode in options.modes:
+            turn = with_threads(make_call(layer, mode, torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)), 1)
+            calls[cell.name, mode] = sorted(turn() for _ in range(5))[2]
+    for row in rows:
+        if row["status"] != "ok" or row["threads"] != 1:
+            continue
+        case, cell, training = make_case(row), CELLS[row["cell"]], row["mode"] == "training"
+        weight = 4 * cell.num_gates * case.H * case.H  # bytes of W_hh, and of W_ih, as I = H
+        seconds = {
+            "products": product_flops(case, cell, training) / (ceilings[1][0] * 1e9),
+            "reading": weight * (1 + case.T) * (2 if training else 1) / reading_rate(weight),
+            "calls": calls[cell.name, row["mode"]],
+        }
+        limit = max(seconds, key=lambda name: seconds[name])
+        floor = seconds[limit] * 1e3
+        row |= {"limit": limit, "floor_ms": float(f"{floor:.4g}"), "near": round(floor / row["rnnfast_ms"], 3)}
+
+
 HEADING = (
     f"{'axis':<5} {'cell':<9} {'mode':<10} {'T N H':<13} {'threads':>7} {'rnnfast ms':>10} {'torch ms':>10} "
     f"{'ratio':>6} {'GFLOP/s':>8} {'speedup':>8} {'share':>6}"
@@ -168,32 +210,45 @@ def find_ceilings(rows: Iterable[dict[str, Any]]) -> dict[int, tuple[float, str]
     return ceilings
 
 
+def unique(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns each measurement once: the shape in the middle stands on every axis."""
+    return list({tuple(row[name] for name in ("threads", "cell", "mode", *"TNH")): row for row in rows}.values())
+
+
+def format_shape(row: dict[str, Any]) -> str:
+    """Returns the sizes of a row with their letters."""
+    return " ".join(f"{letter}={row[letter]}" for letter in "TNH")
+
+
 def format_summary(rows: list[dict[str, Any]]) -> str:
-    """Returns the shares of the ceiling, and what more threads gave where the batch and the layer are not small."""
+    """Returns shares of the ceiling, how near times come to floors, and what more threads gave where N, H are large."""
     lines = [
         f"ceiling with {threads} thread(s): {rate:.4g} GFLOP/s ({product})"
         for threads, (rate, product) in find_ceilings(rows).items()
     ]
     for row in rows:
         if row["share"] != "":
-            shape = " ".join(f"{letter}={row[letter]}" for letter in "TNH")
-            lines.append(
-                f"{row['cell']} {row['mode']}, {shape}, {row['threads']} thread(s): {row['share']:.0%} of the ceiling"
-            )
+            start = f"{row['cell']} {row['mode']}, {format_shape(row)}, {row['threads']} thread(s)"
+            lines.append(f"{start}: {row['share']:.0%} of the ceiling")
+    for mode in MODES:
+        for limit in ("products", "reading", "calls"):
+            found = unique(row for row in rows if (row["mode"], row["limit"]) == (mode, limit))
+            if found:
+                far = min(found, key=lambda row: row["near"])
+                mean = geometric_mean(row["near"] for row in found)
+                lines.append(
+                    f"{mode}, where {limit} are the limit, 1 thread: {len(found)} shapes and cells, geometric mean "
+                    f"{mean:.0%} of the floor's speed, worst {far['near']:.0%} ({far['cell']} {format_shape(far)})"
+                )
     first = min((row["threads"] for row in rows if row["status"] == "ok"), default=1)
-    # The base shape stands on each axis, but was measured once.
-    large = {
-        (row["threads"], row["cell"], row["mode"], row["T"], row["N"], row["H"]): row["speedup"]
-        for row in rows
-        if row["speedup"] != "" and row["threads"] > first and row["N"] >= 16 and row["H"] >= 128
-    }
-    for threads in sorted({key[0] for key in large}):
-        found = {key: speedup for key, speedup in large.items() if key[0] == threads}
-        worst = min(found, key=lambda key: found[key])
-        mean = geometric_mean(found.values())
+    large = unique(row for row in rows if row["speedup"] != "" and row["N"] >= 16 and row["H"] >= 128)
+    for threads in sorted({row["threads"] for row in large} - {first}):
+        found = [row for row in large if row["threads"] == threads]
+        worst = min(found, key=lambda row: row["speedup"])
+        mean = geometric_mean(row["speedup"] for row in found)
         lines.append(
-            f"{threads} threads over {first}, N >= 16 and H >= 128: geometric mean {mean:.2f}x, "
-            f"worst {found[worst]:.2f}x ({worst[1]} {worst[2]}, T N H = {worst[3]} {worst[4]} {worst[5]})"
+            f"{threads} threads over {first}, N >= 16 and H >= 128: geometric mean {mean:.2f}x, worst "
+            f"{worst['speedup']:.2f}x ({worst['cell']} {worst['mode']}, {format_shape(worst)})"
         )
     return "\n".join(lines)
 
@@ -218,13 +273,9 @@ def draw(rows: list[dict[str, Any]], run: dict[str, Any], path: Path) -> None:
     figure, panels = pyplot.subplots(len(cells), len(columns), figsize=size, squeeze=False)
     for line, cell in zip(panels, cells, strict=True):
         for panel, (mode, axis) in zip(line, columns, strict=True):
-            for index, threads in enumerate(sorted({row["threads"] for row in timed})):
-                points = [
-                    row
-                    for row in timed
-                    if (row["cell"], row["mode"], row["axis"], row["threads"]) == (cell, mode, axis, threads)
-                ]
-                points.sort(key=lambda row: row[axis])
+            members = [row for row in timed if (row["cell"], row["mode"], row["axis"]) == (cell, mode, axis)]
+            for index, threads in enumerate(sorted({row["threads"] for row in members})):
+                points = sorted((row for row in members if row["threads"] == threads), key=lambda row: row[axis])
                 values, color = [row[axis] for row in points], f"C{index}"
                 for name, style in (("rnnfast", "o-"), ("torch", "x--")):
                     times = [row[f"{name}_ms"] for row in points]
@@ -241,8 +292,8 @@ def draw(rows: list[dict[str, Any]], run: dict[str, Any], path: Path) -> None:
                 scale.set_major_formatter(ticker.FormatStrFormatter("%g"))
             panel.tick_params(labelsize="small")
             panel.grid(which="major", alpha=0.3)
-            fixed = ", ".join(f"{other} = {points[0][other]}" for other in BASE if other != axis)
-            panel.set_title(f"{cell} {mode}, {fixed}", fontsize="x-small")
+            fixed = [f", {other} = {row[other]}" for row in members[:1] for other in BASE if other != axis]
+            panel.set_title(f"{cell} {mode}{''.join(fixed)}", fontsize="x-small")
             panel.set_xlabel(axis, fontsize="small", labelpad=0)
         line[0].set_ylabel("ms per call", fontsize="small")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="lower center", ncols=6, fontsize="small")
@@ -301,17 +352,25 @@ def choose_points(base: Sizes, axes: dict[str, tuple[int, ...]]) -> list[tuple[t
     return [(tuple(names), sizes) for names, sizes in points.values()]
 
 
+def write_rows(rows: list[dict[str, Any]], file: TextIO) -> None:
+    """Writes the whole table in the place of what is there: floors come last."""
+    file.seek(0)
+    writer = csv.DictWriter(file, FIELDS)
+    writer.writeheader()
+    writer.writerows(rows)
+    file.truncate()
+    file.flush()
+
+
 def run_points(
     points: list[tuple[tuple[str, ...], Sizes, Cell]],
     products: list[Product],
     options: argparse.Namespace,
     file: TextIO,
 ) -> list[dict[str, Any]]:
-    """Measures all points; prints and writes every row as soon as it is there."""
+    """Measures all points; prints and writes rows as soon as they are there."""
     from tqdm import tqdm
 
-    writer = csv.DictWriter(file, FIELDS)
-    writer.writeheader()
     rows: list[dict[str, Any]] = []
     with tqdm(points, unit="shape", file=sys.stderr) as progress:
         for names, sizes, cell in progress:
@@ -319,10 +378,8 @@ def run_points(
             progress.set_description(f"{cell.name} {case.shape}")
             for row in measure(names[0], case, cell, products if names == ("share",) else [], options):
                 tqdm.write(format_row(row), file=sys.stdout)
-                for name in names:
-                    rows.append(row | {"axis": name})
-                    writer.writerow(rows[-1])
-                file.flush()
+                rows += [row | {"axis": name} for name in names]
+            write_rows(rows, file)
     return rows
 
 
@@ -350,6 +407,8 @@ def main(arguments: list[str] | None = None) -> int:
     other_work = OtherWork()
     with open(folder / f"{stem}.csv", "w", newline="") as file:
         rows = run_points([(*point, cell) for point in points for cell in cells], products, options, file)
+        add_floors(rows, options)
+        write_rows(rows, file)
     other_work.finish(run)
     run["ceilings"] = {
         threads: {"gflops": rate, "product": product} for threads, (rate, product) in find_ceilings(rows).items()
