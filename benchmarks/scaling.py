@@ -39,6 +39,7 @@ from measure import (
     pair,
     positive_float,
     positive_int,
+    seconds_of,
     take_turns,
 )
 
@@ -151,8 +152,7 @@ def reading_rate(size: int) -> float:
     values = torch.ones(size // 4)
     # Many readings in a call: summing a small array once takes less time than the call.
     readings = values.expand(max((1 << 22) // size, 1), -1)
-    turn = with_threads(lambda: readings.sum(1), 1)
-    return readings.numel() * 4 / min(turn() for _ in range(5))
+    return readings.numel() * 4 / seconds_of(lambda: readings.sum(1), CPU)
 
 
 def add_floors(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
@@ -160,13 +160,13 @@ def add_floors(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     ceilings = find_ceilings(rows)
     if 1 not in ceilings:
         return
+    torch.set_num_threads(1)
     smallest = make_case({"T": 1, "N": 1, "H": 1})
     calls = {}
     for cell in find_cells(dict.fromkeys(row["cell"] for row in rows)):
         layer, _ = build_pair(smallest, cell, CPU, torch.float32)
         for mode in options.modes:
-            turn = with_threads(make_call(layer, mode, torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)), 1)
-            calls[cell.name, mode] = sorted(turn() for _ in range(5))[2]
+            calls[cell.name, mode] = seconds_of(make_call(layer, mode, *torch.zeros(2, 1, 1, 1)), CPU)
     for row in rows:
         if row["status"] != "ok" or row["threads"] != 1:
             continue

@@ -23,8 +23,8 @@ using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using MaybeTensors = c10::List<std::optional<Tensor>>;
 
-// weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, and zoneout of h and of c, each [H].
-constexpr int64_t kWeightsPerLayer = 8;
+// weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, zoneout of h and of c, each [H], and weight_ln.
+constexpr int64_t kWeightsPerLayer = 9;
 
 // The layers of a module, one direction, with the state between calls.
 class Stack {
@@ -64,7 +64,7 @@ class Stack {
     for (size_t l = 0; l < weights_.size(); ++l) {
       const auto w = weights_for(l, x);
       auto [output, h, c] = op_.call(x, h_[l], c_[l], *w[0], *w[1], w[2], w[3], w[4], std::nullopt, std::nullopt,
-                                     std::nullopt, false, w[5], std::nullopt, w[6], w[7]);
+                                     std::nullopt, false, w[5], std::nullopt, w[6], w[7], w[8]);
       x = std::move(output);
       h_[l] = std::move(h);
       c_[l] = c.dim() == 2 ? MaybeTensor(std::move(c)) : std::nullopt;
@@ -108,7 +108,7 @@ class Stack {
                                                 const Tensor&, const MaybeTensor&, const MaybeTensor&,
                                                 const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
                                                 const MaybeTensor&, bool, const MaybeTensor&, const MaybeTensor&,
-                                                const MaybeTensor&, const MaybeTensor&);
+                                                const MaybeTensor&, const MaybeTensor&, const MaybeTensor&);
   std::string cell_;
   c10::TypedOperatorHandle<Op> op_;
   std::vector<std::vector<MaybeTensor>> weights_;

@@ -1,12 +1,15 @@
 // The value types a cell can be written over, and sigmoid and tanh for them.
 //
-// A cell's formula is a template over V. On the CPU V is a compiler vector of float or double (GCC / Clang vector
-// extension, so arithmetic operators and `mask ? a : b` work lane by lane); its width belongs to the instruction set
-// that includes this file. Nothing here touches memory. Derivatives are written from the function's value, in cells.h.
+// A cell's formula is a template over V. On a GPU V is float or double (cuda/math.h). On the CPU V is a compiler vector
+// of float or double (GCC / Clang vector extension, so arithmetic operators and `mask ? a : b` work lane by lane); its
+// width belongs to the instruction set that includes this file. Nothing here touches memory. Derivatives are written
+// from the function's value, in cells.h.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#define RNNFAST_FUNCTION  // what the functions of a cell need in front: nothing here
 
 namespace rnnfast {
 inline namespace RNNFAST_ISA {

@@ -27,6 +27,8 @@ struct CellInfo {
   bool saves_hidden;  // backward needs a copy of h
   int late_gates;     // of the gates, those whose recurrent product is not of h alone (cells.h)
   int peepholes;      // vectors of weights by which gates see c
+  int norm_vectors;   // vectors of layer normalization's weights
+  bool has_resident;  // on a GPU (cuda/plan.h)
 };
 
 // Memory outside the driver whose row for sequence n at step t is data + t * step + n * row, unit stride inside.
@@ -62,8 +64,34 @@ struct Sizes {
   int64_t R;  // rows
 };
 
-// Pointers to arrays of T are null where the thing does not exist or is not wanted.
-template <typename T>
+// A product outside the kernels of a GPU driver: C = op(A) op(B), or C += with `accumulate`. Row-major with leading
+// dimensions in elements; A and B are of type E of the call, C of E or, where `wide`, of T.
+struct Product {
+  bool transpose_a, transpose_b;
+  int64_t m, n, k;  // op(A) [m, k], op(B) [k, n]
+  const void *a, *b;
+  void* c;
+  int64_t lda, ldb, ldc;
+  bool accumulate, wide;
+};
+using Gemm = void (*)(void* context, const Product&);
+
+// What the drivers of a GPU (cuda/) need beside; pointers are to its memory.
+struct Device {
+  int capability;                     // 90 for 9.0
+  int multiprocessors;                // of the device
+  int64_t block_memory;               // bytes of shared memory that one block can have
+  bool tf32;                          // float32 products may round their factors to tf32
+  void* stream;                       // cudaStream_t
+  Gemm gemm;                          // products outside our kernels
+  void* gemm_context;                 // its first argument
+  const int64_t *active, *first_row;  // [T] as in SequenceParams, of packed input, else null
+  const int64_t* lengths;             // [N], or null where every sequence has T steps
+};
+
+// T is the accumulating type, E that of what users give and get. Pointers are null where the thing does not exist or is
+// not wanted; all but active, first_row and order are to memory of the device that computes.
+template <typename T, typename E = T>
 struct SequenceParams {
   Sizes size;
   Plan plan;
@@ -71,36 +99,38 @@ struct SequenceParams {
   bool training;   // forward keeps gates, cells, hidden
   bool is_packed;  // input and output are [R, ...], see Rows
   ParallelFor parallel_for;
+  Device device;  // of a GPU driver
 
   const int64_t* active;     // [T] sequences that have a step t; never rising with t
   const int64_t* first_row;  // [T] sum of active before t
   const int64_t* order;      // [N] position in the batch of the j-th longest, or null for j itself
   const bool* resets;        // [T, N] state is zero before the step, or null
 
-  Rows<const T> input;                 // [T, N, I]; null where tokens are given
+  Rows<const E> input;                 // [T, N, I]; null where tokens are given
   Rows<const int64_t> tokens;          // [T, N], 0 <= token < I, or null: the input is the one-hot row of the token
-  const T *h0, *c0;                    // [N, P], [N, H]
-  const T *w_ih, *w_hh, *b_ih, *b_hh;  // [G*H, I], [G*H, P], [G*H], [G*H]
-  const T* w_hr;                       // [P, H]
-  const T* w_ch;                       // [peepholes, H]
-  const T* recurrent_mask;             // [N, P] multiplies h where it enters the recurrent product
-  Rows<const T> keep_h, keep_c;        // [T, N, H] the share of the old state that stays (zoneout); not if projected
+  const E *h0, *c0;                    // [N, P], [N, H]
+  const E *w_ih, *w_hh, *b_ih, *b_hh;  // [G*H, I], [G*H, P], [G*H], [G*H]
+  const E* w_hr;                       // [P, H]
+  const E* w_ch;                       // [peepholes, H]
+  const E* w_ln;                       // [norm_vectors, H]: gains of both products; of a cell with c gain_c and b_c
+  const E* recurrent_mask;             // [N, P] multiplies h where it enters the recurrent product
+  Rows<const E> keep_h, keep_c;        // [T, N, H] the share of the old state that stays (zoneout); not if projected
 
-  Rows<T> output;  // [T, N, P], = ; forward only
-  Rows<T> all_c;   // [T, N, H], = ; forward only
-  T *h_n, *c_n;    // [N, P], [N, H], =
+  Rows<E> output;  // [T, N, P], = ; forward only
+  Rows<E> all_c;   // [T, N, H], = ; forward only
+  E *h_n, *c_n;    // [N, P], [N, H], =
   T* gates;        // [R, blocks(H), slots, kBlock], kept for backward
   T* cells;        // [R, blocks(H) * kBlock], kept for backward by cells with c
   T* hidden;       // [R, blocks(P) * kBlock], kept for backward where saves_hidden, projected, keep_h or keep_c
 
   // backward; each gradient is written with =, none is read
-  Rows<const T> doutput;                     // [T, N, P]
-  Rows<const T> dall_c;                      // [T, N, H]
-  const T *dh_n, *dc_n;                      // [N, P], [N, H]
-  Rows<T> dinput;                            // [T, N, I]
-  T *dh0, *dc0;                              // [N, P], [N, H]
-  T *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;  // as the weights
-  T* dw_ch;
+  Rows<const E> doutput;                     // [T, N, P]
+  Rows<const E> dall_c;                      // [T, N, H]
+  const E *dh_n, *dc_n;                      // [N, P], [N, H]
+  Rows<E> dinput;                            // [T, N, I]
+  E *dh0, *dc0;                              // [N, P], [N, H]
+  E *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;  // as the weights
+  E *dw_ch, *dw_ln;
   // The factors of the weight gradients, for who sums their products over some of the rows only (one sequence, say):
   // dW_ih = dgates_ih^T x, dW_hh = dgates_hh^T h_prev, dW_hr = dprojected^T h_raw over all rows. Torch's gate order.
   Rows<T> dgates_ih, dgates_hh;  // [T, N, G*H]
@@ -110,13 +140,14 @@ struct SequenceParams {
   T* scratch;  // Driver::forward_scratch or backward_scratch elements, owned by the caller for the call
 };
 
-// One cell on one instruction set.
-template <typename T>
+// One cell on one instruction set or device.
+template <typename T, typename E = T>
 struct Driver {
-  int64_t (*forward_scratch)(const SequenceParams<T>&);
-  int64_t (*backward_scratch)(const SequenceParams<T>&);
-  void (*forward)(const SequenceParams<T>&);
-  void (*backward)(const SequenceParams<T>&);
+  using Params = SequenceParams<T, E>;
+  int64_t (*forward_scratch)(const Params&);
+  int64_t (*backward_scratch)(const Params&);
+  void (*forward)(const Params&);
+  void (*backward)(const Params&);
 };
 
 // Rows that the softmax takes at a time; ld is a multiple of it.
@@ -135,21 +166,38 @@ struct SoftmaxParams {
 
 constexpr int kMaxCells = 32;
 
-// Everything compiled for one instruction set; cell i of one is cell i of all.
+// 16-bit floating-point numbers as they lie in memory.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// Everything compiled for one instruction set, or for CUDA; cell i of one is cell i of all.
 struct DriverTable {
   const char* isa;
   int num_cells;
   CellInfo cells[kMaxCells];
   Driver<float> f32[kMaxCells];
   Driver<double> f64[kMaxCells];
+  Driver<float, Half> f16[kMaxCells];  // null functions where 16-bit numbers are to be widened first
+  Driver<float, BFloat16> bf16[kMaxCells];
   void (*softmax_f32)(const SoftmaxParams<float>&, int64_t begin, int64_t end);  // rows [begin, end)
   void (*softmax_f64)(const SoftmaxParams<double>&, int64_t begin, int64_t end);
 };
+
+#ifdef RNNFAST_CUDA
+// cuda/driver.h, compiled for the device.
+const DriverTable& cuda_drivers();
+#endif
 
 // cpu/dispatch.cpp: the table of the instruction set in force.
 const DriverTable& drivers();
 const char* const* supported_isas();  // best first, ends with null
 bool set_isa(const char* name);       // false: unknown, or not of this machine
+// One more for set_isa, compiled elsewhere from this header: tests add the GPU drivers over an emulated device.
+void add_drivers(const DriverTable*);
 Plan make_plan(const Sizes&, const CellInfo&, int threads, bool backward);
 
 }  // namespace rnnfast

@@ -24,7 +24,7 @@ class Stepper {
 };
 
 // input: an example of what it will read. h0 [N, P] and c0 [N, H] or null for zeros, copied. weights: weight_ih,
-// weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, zoneout_h, zoneout_c.
+// weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, zoneout_h, zoneout_c, weight_ln.
 std::unique_ptr<Stepper> make_stepper(const std::string& cell, const at::Tensor& input,
                                       const std::optional<at::Tensor>& h0, const std::optional<at::Tensor>& c0,
                                       const std::vector<std::optional<at::Tensor>>& weights);

@@ -1,0 +1,652 @@
+#include "call.h"
+
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
+#include <utility>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "step.h"
+
+#ifdef RNNFAST_CUDA
+#include "cuda/binding.h"
+#endif
+
+namespace rnnfast {
+
+Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  Tensor t = at::empty(sizes, options);
+#ifdef __linux__
+  if (!t.is_cpu()) return t;
+  constexpr uintptr_t kLargePage = uintptr_t{1} << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + t.nbytes();
+  const uintptr_t first = (begin + kLargePage - 1) & ~(kLargePage - 1), last = end & ~(kLargePage - 1);
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may fail
+#endif
+  return t;
+}
+
+namespace {
+
+// The types of a driver.
+template <typename Accumulating, typename Element>
+struct Types {
+  using T = Accumulating;
+  using E = Element;
+};
+
+const DriverTable& drivers_of(const at::Device& device) {
+#ifdef RNNFAST_CUDA
+  if (device.is_cuda()) return cuda_drivers();
+#endif
+  return drivers();
+}
+
+#ifndef RNNFAST_CUDA
+bool is_capturing() {
+  return false;
+}
+#endif
+
+// Memory of a tensor whose dtype is known to be that of E; Half and BFloat16 lie as torch's.
+template <typename E>
+const E* data(const Tensor& t) {
+  return t.defined() ? static_cast<const E*>(t.const_data_ptr()) : nullptr;
+}
+template <typename E>
+E* mutable_data(const Tensor& t) {
+  return static_cast<E*>(t.mutable_data_ptr());
+}
+// Of tensors with unit stride in the last dimension.
+template <typename E>
+Rows<const E> view(const Tensor& t) {
+  if (!t.defined()) return {nullptr, 0, 0};
+  return {data<E>(t), t.dim() == 3 ? t.stride(0) : 0, t.stride(-2)};
+}
+
+// Scratch of a call. Each thread that calls on the CPU keeps its last one for the next call, up to kMostKept bytes:
+// memory fresh from the system is zeroed page by page, which can take as long as the call.
+class Scratch {
+ public:
+  Scratch(int64_t elements, const at::TensorOptions& options)
+      : bytes_(elements * static_cast<int64_t>(options.dtype().itemsize())) {
+    // Tests have uninitialized memory filled, and want this filled too.
+    keeps_ = options.device().is_cpu() && !(at::globalContext().deterministicAlgorithms() &&
+                                            at::globalContext().deterministicFillUninitializedMemory());
+    if (keeps_ && kept_.defined() && kept_.numel() >= bytes_)
+      memory_ = std::move(kept_);
+    else
+      memory_ = empty({bytes_}, options.dtype(at::kByte));
+    if (keeps_) kept_ = Tensor();
+  }
+  ~Scratch() {
+    if (keeps_ && memory_.numel() <= kMostKept) kept_ = std::move(memory_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  template <typename T>
+  T* data() const {
+    return reinterpret_cast<T*>(memory_.mutable_data_ptr<uint8_t>());
+  }
+
+ private:
+  static constexpr int64_t kMostKept = int64_t{1} << 27;
+  static thread_local Tensor kept_;
+  int64_t bytes_;
+  bool keeps_;
+  Tensor memory_;
+};
+thread_local Tensor Scratch::kept_;
+
+}  // namespace
+
+Call::Call(int index, RNNFAST_ARGUMENTS)
+    : device_(input.device()),
+      table_(drivers_of(device_)),
+      cell_(table_.cells[index]),
+      index_(index),
+      reverse_(reverse),
+      is_tokens_(input.scalar_type() == at::kLong) {
+  check_dtype_and_device(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr);
+  TORCH_CHECK_VALUE(weight_ih.dim() == 2, what("weight_ih"), "expected 2 dimensions [G*H, I], got ", weight_ih.sizes());
+  TORCH_CHECK_VALUE(weight_hh.dim() == 2, what("weight_hh"), "expected 2 dimensions [G*H, P], got ", weight_hh.sizes());
+  const int64_t G = cell_.gates;
+  TORCH_CHECK_VALUE(weight_ih.size(0) > 0 && weight_ih.size(0) % G == 0, what("weight_ih"),
+                    "expected [G*H, I] with G = ", G, " and H at least 1, got ", weight_ih.sizes());
+  size_.I = weight_ih.size(1);
+  size_.H = weight_ih.size(0) / G;
+  size_.P = has(weight_hr) && weight_hr->dim() == 2 ? weight_hr->size(0) : size_.H;
+  if (is_tokens_) {
+    check_tokens(input, has(batch_sizes));
+    std::vector<int64_t> shape = input.sizes().vec();
+    shape.push_back(size_.I);
+    check_layout(input.unsqueeze(-1).expand(shape), batch_sizes, lengths, resets);  // for its shape alone
+  } else {
+    check_layout(input, batch_sizes, lengths, resets);
+  }
+  check_shape("weight_hh", weight_hh, {{"G*H", G * size_.H}, {"P", size_.P}});
+  TORCH_CHECK_VALUE(has(bias_ih) == has(bias_hh), name(), ": bias_ih and bias_hh: expected both or neither, got only ",
+                    has(bias_ih) ? "bias_ih" : "bias_hh");
+  if (has(bias_ih)) check_shape("bias_ih", *bias_ih, {{"G*H", G * size_.H}});
+  if (has(bias_hh)) check_shape("bias_hh", *bias_hh, {{"G*H", G * size_.H}});
+  if (has(weight_hr)) {
+    TORCH_CHECK_VALUE(cell_.has_cell, what("weight_hr"), "this cell has no projection; expected None");
+    TORCH_CHECK_VALUE(weight_hr->dim() == 2 && weight_hr->size(0) > 0, what("weight_hr"),
+                      "expected [P, H] with P at least 1, got ", weight_hr->sizes());
+    check_shape("weight_hr", *weight_hr, {{"P", size_.P}, {"H", size_.H}});
+  }
+  if (has(h0)) check_shape("h0", *h0, {{"N", size_.N}, {"P", size_.P}});
+  if (has(c0)) {
+    TORCH_CHECK_VALUE(cell_.has_cell, what("c0"), "this cell has no second state; expected None");
+    check_shape("c0", *c0, {{"N", size_.N}, {"H", size_.H}});
+  }
+
+  check_extras(weight_ih, weight_ch, recurrent_mask, zoneout_h, zoneout_c, weight_ln, has(weight_hr));
+
+  dtype_ = weight_ih.scalar_type();
+  compute_ = dtype_ == at::kDouble ? at::kDouble : at::kFloat;
+  const bool is_native =
+      (dtype_ == at::kHalf && table_.f16[index].forward) || (dtype_ == at::kBFloat16 && table_.bf16[index].forward);
+  storage_ = is_native ? dtype_ : compute_;
+  TORCH_CHECK(compute_ == at::kDouble ? table_.f64[index].forward : table_.f32[index].forward, what("input"),
+              "expected a tensor on the CPU: this cell has no kernels for ", device_);
+  input_ = is_tokens_ ? input.contiguous() : rows(input);
+  h0_ = dense(h0), c0_ = dense(c0);
+  weight_ih_ = dense(weight_ih), weight_hh_ = dense(weight_hh);
+  bias_ih_ = dense(bias_ih), bias_hh_ = dense(bias_hh), weight_hr_ = dense(weight_hr);
+  weight_ch_ = dense(weight_ch), weight_ln_ = dense(weight_ln), recurrent_mask_ = dense(recurrent_mask);
+  if (has(zoneout_h)) zoneout_h_ = rows(*zoneout_h);
+  if (has(zoneout_c)) zoneout_c_ = rows(*zoneout_c);
+}
+
+SavingOutputsAllC Call::forward(bool save, bool with_all_c) {
+  if (is_tokens_ && !input_.is_cpu()) check_token_range(input_);
+  std::vector<int64_t> shape = outer_;
+  shape.push_back(size_.P);
+  const auto options = input_.options().dtype(storage_), saved_options = options.dtype(compute_);
+  const auto none = [](const at::TensorOptions& o) { return at::empty({0}, o); };  // outputs may not alias
+  const auto steps_of = [&] { return lengths_.defined() ? at::zeros(shape, options) : empty(shape, options); };
+  Tensor output = steps_of();
+  Tensor all_c;
+  if (with_all_c) shape.back() = size_.H, all_c = steps_of();
+  Tensor h_n = at::empty({size_.N, size_.P}, options);
+  Tensor c_n = cell_.has_cell ? at::empty({size_.N, size_.H}, options) : none(options);
+  Tensor gates = none(saved_options), cells = none(saved_options), hidden = none(saved_options);
+  if (save) {
+    const int64_t block = 64 / c10::elementSize(compute_), steps = size_.T * size_.N;
+    const auto saved = [&](int64_t units, int64_t slots) {
+      return empty({is_packed_ ? size_.R : steps, (units + block - 1) / block * block * slots}, saved_options);
+    };
+    gates = saved(size_.H, cell_.slots);
+    if (cell_.has_cell) cells = saved(size_.H, 1);
+    if (saves_hidden()) hidden = saved(size_.P, 1);
+  }
+  fill_rows();
+  const auto run = [&](auto types, const auto& driver) {
+    using E = typename decltype(types)::E;
+    auto p = params<typename decltype(types)::T, E>(false);
+    p.training = save;
+    p.output = {mutable_data<E>(output), size_.N * size_.P, size_.P};
+    p.h_n = mutable_data<E>(h_n);
+    p.c_n = cell_.has_cell ? mutable_data<E>(c_n) : nullptr;
+    if (with_all_c) p.all_c = {mutable_data<E>(all_c), size_.N * size_.H, size_.H};
+    set_saved(p, gates, cells, hidden);
+    run_driver(p, driver.forward_scratch, driver.forward);
+  };
+  dispatch(run);
+  if (with_all_c) all_c = all_c.to(dtype_);
+  return {output.to(dtype_), h_n.to(dtype_), c_n.to(dtype_), gates, cells, hidden, all_c};
+}
+
+Tensor Call::step(const Tensor& input) {
+  if (!output_.defined()) {
+    const auto options = input_.options().dtype(storage_);
+    const auto own = [&](const Tensor& t, int64_t units) {
+      return t.defined() ? t.clone() : at::zeros({size_.N, units}, options);
+    };
+    h0_ = own(h0_, size_.P);
+    if (cell_.has_cell) c0_ = own(c0_, size_.H);
+    output_ = at::empty({1, size_.N, size_.P}, options);
+    fill_rows();
+  }
+  if (is_tokens_) check_tokens(input, false);
+  TORCH_CHECK_VALUE(input.scalar_type() == (is_tokens_ ? at::kLong : dtype_) && input.dim() == (is_tokens_ ? 2 : 3) &&
+                        input.size(0) == 1 && input.size(1) == size_.N && (is_tokens_ || input.size(2) == size_.I),
+                    what("input"), "expected a step of the shape and dtype of the first, got ", input.scalar_type(),
+                    " ", input.sizes());
+  input_ = is_tokens_ ? input.contiguous() : rows(input);
+  dispatch([&](auto types, const auto& driver) {
+    using T = typename decltype(types)::T;
+    using E = typename decltype(types)::E;
+    auto p = params<T, E>(false);
+    p.output = {mutable_data<E>(output_), size_.N * size_.P, size_.P};
+    p.h_n = mutable_data<E>(h0_);  // the driver reads the old state before it writes the new one
+    p.c_n = cell_.has_cell ? mutable_data<E>(c0_) : nullptr;
+    if (!scratch_.defined()) scratch_ = empty({driver.forward_scratch(p)}, output_.options().dtype(compute_));
+    p.scratch = mutable_data<T>(scratch_);
+    driver.forward(p);
+  });
+  if (dtype_ == storage_) return output_;
+  h0_.copy_(h0_.to(dtype_));  // between steps the state has the precision of its dtype
+  if (cell_.has_cell) c0_.copy_(c0_.to(dtype_));
+  return output_.to(dtype_);
+}
+
+Gradients Call::backward(const MaybeTensor& grad_output, const MaybeTensor& grad_h_n, const MaybeTensor& grad_c_n,
+                         const Tensor& gates, const Tensor& cells, const Tensor& hidden,
+                         const std::array<bool, kNumGradients>& needs, const MaybeTensor& grad_all_c, bool factors,
+                         const std::array<Tensor, kNumGradients>& targets) {
+  const Sizes& z = size_;
+  const int64_t GH = cell_.gates * z.H;
+  const auto check_gradient = [&](const char* argument, const MaybeTensor& t, std::vector<Dim> dims) {
+    if (!has(t)) return;
+    TORCH_CHECK_TYPE(t->scalar_type() == dtype_, what(argument), "expected ", dtype_, ", got ", t->scalar_type());
+    check_device(argument, *t);
+    check_shape(argument, *t, dims);
+  };
+  std::vector<Dim> output_dims = outer_dims_;
+  output_dims.push_back({"P", z.P});
+  check_gradient("grad_output", grad_output, output_dims);
+  check_gradient("grad_h_n", grad_h_n, {{"N", z.N}, {"P", z.P}});
+  if (cell_.has_cell) check_gradient("grad_c_n", grad_c_n, {{"N", z.N}, {"H", z.H}});
+  TORCH_CHECK_VALUE(cell_.has_cell || !has(grad_all_c), what("grad_all_c"),
+                    "this cell has no second state; expected None");
+  output_dims.back() = {"H", z.H};
+  check_gradient("grad_all_c", grad_all_c, output_dims);
+  const int64_t block = 64 / c10::elementSize(compute_), saved_rows = is_packed_ ? z.R : z.T * z.N;
+  const auto check_saved = [&](const char* argument, const Tensor& t, bool kept, int64_t units, int64_t slots) {
+    const int64_t count = kept ? saved_rows * ((units + block - 1) / block * block) * slots : 0;
+    TORCH_CHECK_VALUE(
+        t.scalar_type() == compute_ && t.is_contiguous() && t.device() == input_.device() && t.numel() == count,
+        what(argument), "expected what _", cell_.name, "_forward returned, ", count, " elements of ", compute_,
+        ", got ", t.scalar_type(), " of shape ", t.sizes());
+  };
+  check_saved("gates", gates, true, z.H, cell_.slots);
+  check_saved("cells", cells, cell_.has_cell, z.H, 1);
+  check_saved("hidden", hidden, saves_hidden(), z.P, 1);
+
+  const auto options = input_.options().dtype(storage_);
+  std::vector<int64_t> input_shape = outer_;
+  input_shape.push_back(z.I);
+  const auto wanted = [&](int i, bool exists, at::IntArrayRef shape) {
+    if (targets[i].defined()) return targets[i];
+    return empty(needs[i] && exists && !(factors && i >= kFirstWeight) ? shape : at::IntArrayRef{0}, options);
+  };
+  std::array<Tensor, kNumGradients> grad = {
+      needs[0] && !is_tokens_ && lengths_.defined() ? at::zeros(input_shape, options)
+                                                    : wanted(0, !is_tokens_, input_shape),
+      wanted(1, true, {z.N, z.P}),
+      wanted(2, cell_.has_cell, {z.N, z.H}),
+      wanted(3, true, {GH, z.I}),
+      wanted(4, true, {GH, z.P}),
+      wanted(5, bias_ih_.defined(), {GH}),
+      wanted(6, bias_ih_.defined(), {GH}),
+      wanted(7, weight_hr_.defined(), {z.P, z.H}),
+      wanted(8, weight_ch_.defined(), {cell_.peepholes * z.H}),
+      wanted(9, weight_ln_.defined(), {cell_.norm_vectors * z.H}),
+  };
+  if (factors) {
+    const bool is_projected = weight_hr_.defined();
+    const std::array<int64_t, kNumFactors> units = {GH, GH, z.P, is_projected ? z.P : 0, is_projected ? z.H : 0};
+    for (size_t i = 0; i < units.size(); ++i) {
+      std::vector<int64_t> shape = outer_;
+      shape.push_back(units[i]);
+      const auto wide = options.dtype(compute_);
+      grad[kFirstWeight + i] = lengths_.defined() ? at::zeros(shape, wide) : empty(shape, wide);
+    }
+  }
+  fill_rows();
+  const Tensor doutput = has(grad_output) ? rows(*grad_output) : Tensor();
+  const Tensor dall_c = has(grad_all_c) ? rows(*grad_all_c) : Tensor();
+  const Tensor dh_n = dense(grad_h_n), dc_n = cell_.has_cell ? dense(grad_c_n) : Tensor();
+  const auto run = [&](auto types, const auto& driver) {
+    using T = typename decltype(types)::T;
+    using E = typename decltype(types)::E;
+    auto p = params<T, E>(true);
+    set_saved(p, gates, cells, hidden);
+    p.doutput = view<E>(doutput);
+    p.dall_c = view<E>(dall_c);
+    p.dh_n = data<E>(dh_n), p.dc_n = data<E>(dc_n);
+    const auto target = [&](int i, bool exists) { return needs[i] && exists ? mutable_data<E>(grad[i]) : nullptr; };
+    p.dinput = {target(0, !is_tokens_), z.N * z.I, z.I};
+    p.dh0 = target(1, true), p.dc0 = target(2, cell_.has_cell);
+    if (factors) {
+      Rows<T>* rows[] = {&p.dgates_ih, &p.dgates_hh, &p.h_prev, &p.dprojected, &p.h_raw};
+      for (int i = 0; i < kNumFactors; ++i) {
+        Tensor& t = grad[kFirstWeight + i];
+        *rows[i] = {mutable_data<T>(t), z.N * t.size(-1), t.size(-1)};
+      }
+    } else {
+      p.dw_ih = target(3, true), p.dw_hh = target(4, true);
+      p.db_ih = target(5, bias_ih_.defined()), p.db_hh = target(6, bias_ih_.defined());
+      p.dw_hr = target(7, weight_hr_.defined());
+      p.dw_ch = target(8, weight_ch_.defined()), p.dw_ln = target(9, weight_ln_.defined());
+    }
+    run_driver(p, driver.backward_scratch, driver.backward);
+  };
+  dispatch(run);
+  for (int i = 0; i < (factors ? kFirstWeight : kNumGradients); ++i) grad[i] = grad[i].to(dtype_);
+  return std::apply([&](auto&... g) { return Gradients(g...); }, grad);
+}
+
+bool Call::saves_hidden() const {
+  return cell_.saves_hidden || weight_hr_.defined() || zoneout_h_.defined() || zoneout_c_.defined();
+}
+
+template <typename Dims>
+void Call::check_shape(const char* argument, const Tensor& t, const Dims& dims) const {
+  bool same = t.dim() == static_cast<int64_t>(dims.size());
+  int64_t i = 0;
+  for (const Dim& d : dims) same = same && t.size(i++) == d.size;
+  if (same) return;
+  std::string letters, sizes;
+  for (const Dim& d : dims) {
+    letters += (letters.empty() ? "" : ", ") + std::string(d.letter);
+    sizes += (sizes.empty() ? "" : ", ") + std::to_string(d.size);
+  }
+  TORCH_CHECK_VALUE(false, what(argument), "expected [", letters, "] = [", sizes, "], got ", t.sizes());
+}
+
+void Call::check_shape(const char* argument, const Tensor& t, std::initializer_list<Dim> dims) const {
+  check_shape<std::initializer_list<Dim>>(argument, t, dims);
+}
+
+void Call::check_device(const char* argument, const Tensor& t) const {
+  TORCH_CHECK(t.device() == device_, what(argument), "expected a tensor on ", device_, ", where input is, got one on ",
+              t.device());
+}
+
+void Call::check_dtype_and_device(const Tensor& input, const MaybeTensor& h0, const MaybeTensor& c0,
+                                  const Tensor& weight_ih, const Tensor& weight_hh, const MaybeTensor& bias_ih,
+                                  const MaybeTensor& bias_hh, const MaybeTensor& weight_hr) const {
+  const auto dtype = is_tokens_ ? weight_ih.scalar_type() : input.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
+                   what(is_tokens_ ? "weight_ih" : "input"), "expected float32, float64, bfloat16 or float16",
+                   is_tokens_ ? "" : ", or int64 for tokens", ", got ", dtype);
+  const auto check = [&](const char* argument, const Tensor& t) {
+    TORCH_CHECK_VALUE(t.layout() == at::kStrided, what(argument), "expected a dense tensor, got layout ", t.layout());
+    TORCH_CHECK_TYPE(t.scalar_type() == dtype || (is_tokens_ && t.is_same(input)), what(argument),
+                     "expected the dtype of ", is_tokens_ ? "weight_ih" : "input", ", ", dtype, ", got ",
+                     t.scalar_type());
+    check_device(argument, t);
+  };
+#ifndef RNNFAST_CUDA
+  TORCH_CHECK(device_.is_cpu(), what("input"), "expected a tensor on the CPU, got one on ", device_,
+              ": this build has no CUDA kernels (python -m rnnfast says why)");
+#endif
+  check("input", input);
+  if (has(h0)) check("h0", *h0);
+  if (has(c0)) check("c0", *c0);
+  check("weight_ih", weight_ih);
+  check("weight_hh", weight_hh);
+  if (has(bias_ih)) check("bias_ih", *bias_ih);
+  if (has(bias_hh)) check("bias_hh", *bias_hh);
+  if (has(weight_hr)) check("weight_hr", *weight_hr);
+}
+
+void Call::check_extras(const Tensor& like, const MaybeTensor& weight_ch, const MaybeTensor& recurrent_mask,
+                        const MaybeTensor& zoneout_h, const MaybeTensor& zoneout_c, const MaybeTensor& weight_ln,
+                        bool is_projected) const {
+  if (cell_.peepholes + cell_.norm_vectors == 0 && !has(weight_ch) && !has(recurrent_mask) && !has(zoneout_h) &&
+      !has(zoneout_c) && !has(weight_ln))
+    return;
+  const auto check = [&](const char* argument, const MaybeTensor& t, const std::vector<Dim>& dims) {
+    if (!has(t)) return;
+    TORCH_CHECK_VALUE(t->layout() == at::kStrided, what(argument), "expected a dense tensor, got layout ", t->layout());
+    TORCH_CHECK_TYPE(t->scalar_type() == like.scalar_type(), what(argument), "expected the dtype of weight_ih, ",
+                     like.scalar_type(), ", got ", t->scalar_type());
+    check_device(argument, *t);
+    check_shape(argument, *t, dims);
+  };
+  const int64_t V = cell_.peepholes;
+  TORCH_CHECK_VALUE(
+      has(weight_ch) == (V > 0), what("weight_ch"),
+      V > 0 ? "expected the weights of the peepholes, [V*H], got None" : "this cell has no peepholes; expected None");
+  check("weight_ch", weight_ch, {{"V*H", V * size_.H}});
+  const int64_t L = cell_.norm_vectors;
+  TORCH_CHECK_VALUE(has(weight_ln) == (L > 0), what("weight_ln"),
+                    L > 0 ? "expected the weights of layer normalization, [V*H], got None"
+                          : "this cell has no layer normalization; expected None");
+  check("weight_ln", weight_ln, {{"V*H", L * size_.H}});
+  TORCH_CHECK_VALUE(L == 0 || !is_projected, what("weight_hr"), "not with layer normalization; expected None");
+  check("recurrent_mask", recurrent_mask, {{"N", size_.N}, {"P", size_.P}});
+  std::vector<Dim> steps = outer_dims_;
+  steps.push_back({"H", size_.H});
+  check("zoneout_h", zoneout_h, steps);
+  check("zoneout_c", zoneout_c, steps);
+  TORCH_CHECK_VALUE(cell_.has_cell || !has(zoneout_c), what("zoneout_c"),
+                    "this cell has no second state; expected None");
+  TORCH_CHECK_VALUE(!is_projected || !(has(zoneout_h) || has(zoneout_c)),
+                    what(has(zoneout_h) ? "zoneout_h" : "zoneout_c"), "not with weight_hr; expected None");
+}
+
+void Call::check_tokens(const Tensor& tokens, bool is_packed) const {
+  TORCH_CHECK_VALUE(tokens.dim() == 1 || (tokens.dim() == 2 && !is_packed), what("input"),
+                    is_packed ? "expected 1 dimension [rows] for tokens with batch_sizes, got "
+                              : "expected 2 dimensions [T, N] for tokens, or 1 for one step [N], got ",
+                    tokens.sizes());
+  if (device_.is_cpu()) check_token_range(tokens.contiguous());
+}
+
+void Call::check_token_range(const Tensor& tokens) const {
+  const auto check = [&](int64_t token) {
+    TORCH_CHECK_INDEX(token >= 0 && token < size_.I, what("input"), "expected tokens from 0 to ", size_.I - 1,
+                      ", the columns of weight_ih, got ", token);
+  };
+  if (device_.is_cpu()) {
+    const int64_t* token = tokens.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < tokens.numel(); ++i) check(token[i]);
+  } else if (tokens.numel() > 0 && !is_capturing()) {
+    const auto [least, most] = at::aminmax(tokens);
+    const Tensor both = at::stack({least, most}).cpu();
+    check(both[0].item<int64_t>()), check(both[1].item<int64_t>());
+  }
+}
+
+Tensor Call::checked_integers(const char* argument, const Tensor& t) const {
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kLong, what(argument), "expected int64, got ", t.scalar_type());
+  TORCH_CHECK(t.device().is_cpu(), what(argument), "expected a CPU tensor, got one on ", t.device());
+  TORCH_CHECK_VALUE(t.dim() == 1, what(argument), "expected 1 dimension, got ", t.sizes());
+  return t.contiguous();
+}
+
+void Call::check_layout(const Tensor& input, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
+                        const MaybeTensor& resets) {
+  is_packed_ = has(batch_sizes);
+  if (is_packed_) {
+    TORCH_CHECK_VALUE(!has(lengths), what("lengths"), "not with batch_sizes, which already say them; expected None");
+    TORCH_CHECK_VALUE(!has(resets), what("resets"), "not with batch_sizes; expected None");
+    batch_sizes_ = checked_integers("batch_sizes", *batch_sizes);
+    size_.T = batch_sizes_.numel();
+    TORCH_CHECK_VALUE(size_.T > 0, what("batch_sizes"), "expected at least one step, got none");
+    TORCH_CHECK_VALUE(input.dim() == 2, what("input"), "expected 2 dimensions [rows, I] with batch_sizes, got ",
+                      input.sizes());
+    const int64_t* sizes = batch_sizes_.const_data_ptr<int64_t>();
+    size_.N = sizes[0];
+    size_.R = 0;
+    for (int64_t t = 0; t < size_.T; ++t) {
+      TORCH_CHECK_VALUE(sizes[t] >= 1 && sizes[t] <= (t ? sizes[t - 1] : input.size(0)), what("batch_sizes"),
+                        "expected values from ", t ? sizes[t - 1] : input.size(0),
+                        " (never rising, at most the rows of input) down to 1, got ", sizes[t], " at step ", t);
+      size_.R += sizes[t];
+      TORCH_CHECK_VALUE(size_.R <= input.size(0), what("batch_sizes"), "expected a sum of ", input.size(0),
+                        ", the rows of input, got more by step ", t);
+    }
+    outer_ = {size_.R};
+    outer_dims_ = {{"rows", size_.R}};
+  } else {
+    TORCH_CHECK_VALUE(input.dim() == 3 || input.dim() == 2, what("input"),
+                      "expected 3 dimensions [T, N, I], or 2 for one step [N, I], got ", input.sizes());
+    size_.T = input.dim() == 3 ? input.size(0) : 1;
+    size_.N = input.size(-2);
+    TORCH_CHECK_VALUE(size_.T > 0, what("input"), "expected at least one step, got ", input.sizes());
+    size_.R = size_.T * size_.N;
+    outer_ = input.sizes().slice(0, input.dim() - 1).vec();
+    outer_dims_ =
+        input.dim() == 3 ? std::vector<Dim>{{"T", size_.T}, {"N", size_.N}} : std::vector<Dim>{{"N", size_.N}};
+  }
+  std::vector<Dim> dims = outer_dims_;
+  dims.push_back({"I", size_.I});
+  check_shape("input", input, dims);
+  // Elements of the largest thing allocated per row must be countable; a generous bound suffices.
+  int64_t elements;
+  const bool overflow =
+      __builtin_mul_overflow(size_.T, size_.N, &elements) ||
+      __builtin_mul_overflow(elements, 64 * (cell_.slots * size_.H + size_.I + size_.P + 64), &elements);
+  TORCH_CHECK_VALUE(!overflow, what("input"), "T * N * H is too large, got ", input.sizes(), " with H = ", size_.H);
+  if (has(lengths)) {
+    TORCH_CHECK_VALUE(input.dim() == 3, what("lengths"), "expected None for a single step");
+    lengths_ = checked_integers("lengths", *lengths);
+    check_shape("lengths", lengths_, {{"N", size_.N}});
+    const int64_t* l = lengths_.const_data_ptr<int64_t>();
+    for (int64_t n = 0; n < size_.N; ++n)
+      TORCH_CHECK_VALUE(l[n] >= 0 && l[n] <= size_.T, what("lengths"), "expected values from 0 to T = ", size_.T,
+                        ", got ", l[n], " for sequence ", n);
+  }
+  if (has(resets)) {
+    TORCH_CHECK_TYPE(resets->scalar_type() == at::kBool, what("resets"), "expected bool, got ", resets->scalar_type());
+    check_device("resets", *resets);
+    TORCH_CHECK_VALUE(input.dim() == 3, what("resets"), "expected None for a single step");
+    check_shape("resets", *resets, {{"T", size_.T}, {"N", size_.N}});
+    resets_ = resets->contiguous();
+  }
+}
+
+void Call::fill_rows() {
+  active_.assign(size_.T, size_.N);
+  if (is_packed_) std::copy_n(batch_sizes_.const_data_ptr<int64_t>(), size_.T, active_.begin());
+  if (lengths_.defined()) {
+    const int64_t* l = lengths_.const_data_ptr<int64_t>();
+    order_.resize(size_.N);
+    std::iota(order_.begin(), order_.end(), 0);
+    std::stable_sort(order_.begin(), order_.end(), [l](int64_t a, int64_t b) { return l[a] > l[b]; });
+    int64_t n = size_.N;
+    for (int64_t t = 0; t < size_.T; ++t) {
+      while (n > 0 && l[order_[n - 1]] <= t) --n;
+      active_[t] = n;
+    }
+  }
+  first_row_.resize(size_.T);
+  size_.R = 0;
+  for (int64_t t = 0; t < size_.T; ++t) first_row_[t] = size_.R, size_.R += active_[t];
+
+  if (device_.is_cpu() || !(is_packed_ || lengths_.defined())) return;
+  // A captured graph would copy again and again from memory that is ours for this call only.
+  TORCH_CHECK(!is_capturing(), what(is_packed_ ? "batch_sizes" : "lengths"),
+              "expected None while a CUDA graph is captured: their values are read on the host");
+  // The copy is in the order of the stream: torch keeps the pinned memory until it is done, and ours on the device is
+  // used again by later work only.
+  const Tensor pinned =
+      at::empty({is_packed_ ? 2 * size_.T : size_.N}, at::TensorOptions(at::kLong).pinned_memory(true));
+  int64_t* numbers = pinned.mutable_data_ptr<int64_t>();
+  if (is_packed_)
+    std::copy(first_row_.begin(), first_row_.end(), std::copy(active_.begin(), active_.end(), numbers));
+  else
+    std::copy_n(lengths_.const_data_ptr<int64_t>(), size_.N, numbers);
+  on_device_ = pinned.to(device_, at::kLong, /*non_blocking=*/true);
+}
+
+Tensor Call::rows(const Tensor& t) const {
+  const Tensor stored = t.to(storage_);
+  return stored.size(-1) > 1 && stored.stride(-1) != 1 ? stored.contiguous() : stored;
+}
+
+template <typename T, typename E>
+SequenceParams<T, E> Call::params(bool backward) const {
+  SequenceParams<T, E> p{};
+  p.size = size_;
+  Sizes work = size_;
+  if (is_tokens_) work.I = 1;  // a look-up, whatever the vocabulary
+  p.plan = make_plan(work, cell_, at::in_parallel_region() ? 1 : at::get_num_threads(), backward);
+  p.reverse = reverse_;
+  p.is_packed = is_packed_;
+  p.parallel_for = [](int64_t n, int threads, void* context, void (*body)(void*, int64_t, int64_t)) {
+    at::parallel_for(0, n, (n + threads - 1) / threads, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+  };
+  p.active = active_.data();
+  p.first_row = first_row_.data();
+  p.order = order_.empty() ? nullptr : order_.data();
+  p.resets = resets_.defined() ? resets_.const_data_ptr<bool>() : nullptr;
+  if (is_tokens_)
+    p.tokens = {input_.const_data_ptr<int64_t>(), size_.N, 1};
+  else
+    p.input = view<E>(input_);
+  p.h0 = data<E>(h0_), p.c0 = data<E>(c0_);
+  p.w_ih = data<E>(weight_ih_), p.w_hh = data<E>(weight_hh_);
+  p.b_ih = data<E>(bias_ih_), p.b_hh = data<E>(bias_hh_), p.w_hr = data<E>(weight_hr_);
+  p.w_ch = data<E>(weight_ch_), p.w_ln = data<E>(weight_ln_), p.recurrent_mask = data<E>(recurrent_mask_);
+  p.keep_h = view<E>(zoneout_h_), p.keep_c = view<E>(zoneout_c_);
+
+  const int64_t* on_device = data<int64_t>(on_device_);
+  if (is_packed_) {
+    p.device.active = on_device ? on_device : active_.data();
+    p.device.first_row = on_device ? on_device + size_.T : first_row_.data();
+  } else if (lengths_.defined()) {
+    p.device.lengths = on_device ? on_device : lengths_.const_data_ptr<int64_t>();
+  }
+  return p;
+}
+
+template <typename T, typename E>
+void Call::set_saved(SequenceParams<T, E>& p, const Tensor& gates, const Tensor& cells, const Tensor& hidden) {
+  const auto saved = [](const Tensor& t) { return t.numel() ? static_cast<T*>(t.data_ptr()) : nullptr; };
+  p.gates = saved(gates), p.cells = saved(cells), p.hidden = saved(hidden);
+}
+
+template <typename T, typename E, typename Size, typename Run>
+void Call::run_driver(SequenceParams<T, E>& p, Size scratch_size, Run run) const {
+#ifdef RNNFAST_CUDA
+  std::optional<CudaDevice> device;
+  if (device_.is_cuda()) device.emplace(storage_, p.device);
+#endif
+  const Scratch scratch(scratch_size(p), input_.options().dtype(compute_));
+  p.scratch = scratch.data<T>();
+  run(p);
+}
+
+template <typename Run>
+void Call::dispatch(const Run& run) const {
+  if (storage_ == at::kDouble)
+    run(Types<double, double>{}, table_.f64[index_]);
+  else if (storage_ == at::kFloat)
+    run(Types<float, float>{}, table_.f32[index_]);
+  else if (storage_ == at::kHalf)
+    run(Types<float, Half>{}, table_.f16[index_]);
+  else
+    run(Types<float, BFloat16>{}, table_.bf16[index_]);
+}
+
+namespace {
+
+class CallStepper : public Stepper {
+ public:
+  explicit CallStepper(Call call) : call_(std::move(call)) {}
+  Tensor step(const Tensor& input) override { return call_.step(input); }
+  Tensor h() const override { return call_.last_h(); }
+  Tensor c() const override { return call_.last_c(); }
+
+ private:
+  Call call_;
+};
+
+}  // namespace
+
+std::unique_ptr<Stepper> make_stepper(const std::string& cell, const Tensor& input, const MaybeTensor& h0,
+                                      const MaybeTensor& c0, const std::vector<MaybeTensor>& weights) {
+  const DriverTable& table = drivers();
+  const auto* end = table.cells + table.num_cells;
+  const auto* found = std::find_if(table.cells, end, [&](const CellInfo& info) { return cell == info.name; });
+  TORCH_CHECK_VALUE(found != end, "cell: expected one of this build, got ", cell);
+  return std::make_unique<CallStepper>(Call(static_cast<int>(found - table.cells), input, h0, c0, *weights.at(0),
+                                            *weights.at(1), weights.at(2), weights.at(3), weights.at(4), std::nullopt,
+                                            std::nullopt, std::nullopt, false, weights.at(5), std::nullopt,
+                                            weights.at(6), weights.at(7), weights.at(8)));
+}
+
+}  // namespace rnnfast

@@ -1,0 +1,152 @@
+// One call of an operator, on the CPU or a CUDA device: the one set of checks, the layout of its rows, allocation and
+// the struct for the driver. at::Tensor ends in call.cpp.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "sequence.h"
+
+namespace rnnfast {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline bool has(const MaybeTensor& t) {
+  return t.has_value() && t->defined();
+}
+
+// Memory for many weights or steps. On the CPU large pieces ask for large pages: reading weights of more than a few
+// megabytes panel by panel is a third slower with 4 KiB pages.
+Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+// The arguments every operator starts with; shapes as checked by Call.
+#define RNNFAST_ARGUMENTS                                                                                              \
+  const Tensor &input, const MaybeTensor &h0, const MaybeTensor &c0, const Tensor &weight_ih, const Tensor &weight_hh, \
+      const MaybeTensor &bias_ih, const MaybeTensor &bias_hh, const MaybeTensor &weight_hr,                            \
+      const MaybeTensor &batch_sizes, const MaybeTensor &lengths, const MaybeTensor &resets, bool reverse,             \
+      const MaybeTensor &weight_ch, const MaybeTensor &recurrent_mask, const MaybeTensor &zoneout_h,                   \
+      const MaybeTensor &zoneout_c, const MaybeTensor &weight_ln
+#define RNNFAST_PASS                                                                                                  \
+  input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, lengths, resets, reverse, weight_ch, \
+      recurrent_mask, zoneout_h, zoneout_c, weight_ln
+
+// input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, weight_ln
+constexpr int kNumGradients = 10;
+constexpr int kFirstWeight = 3, kNumFactors = 5;
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor>;                                // output, h_n, c_n
+using SavingOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // ... gates, cells, hidden
+using OutputsAllC = std::tuple<Tensor, Tensor, Tensor, Tensor>;                    // ... all_c
+using SavingOutputsAllC = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Factors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+struct Dim {
+  const char* letter;
+  int64_t size;
+};
+
+// One call, checked: sizes, the rows of every step, and tensors ready for the driver. An int64 input holds tokens, [T,
+// N] (packed [rows], one step [N]): each stands for the one-hot row of I numbers, which is never made.
+class Call {
+ public:
+  Call(int index, RNNFAST_ARGUMENTS);
+
+  // The last result, all_c, is there only where it is asked for.
+  SavingOutputsAllC forward(bool save, bool with_all_c);
+
+  // The call once more, for a single step, from where it left the state: what Stepper promises. The first time it makes
+  // the memory that all of them use.
+  Tensor step(const Tensor& input);
+  Tensor last_h() const { return h0_.to(dtype_); }
+  Tensor last_c() const { return cell_.has_cell ? c0_.to(dtype_) : Tensor(); }
+
+  // With `factors` the five weight gradients are replaced by dgates_ih, dgates_hh, h_prev, dprojected and h_raw of
+  // SequenceParams, in the accumulating dtype, shaped as output but for the last dimension. Gradients go to `targets`
+  // where there is one: contiguous, of the accumulating dtype.
+  Gradients backward(const MaybeTensor& grad_output, const MaybeTensor& grad_h_n, const MaybeTensor& grad_c_n,
+                     const Tensor& gates, const Tensor& cells, const Tensor& hidden,
+                     const std::array<bool, kNumGradients>& needs, const MaybeTensor& grad_all_c, bool factors,
+                     const std::array<Tensor, kNumGradients>& targets = {});
+
+ private:
+  bool saves_hidden() const;
+  std::string name() const { return std::string("rnnfast::") + cell_.name; }
+  std::string what(const char* argument) const { return name() + ": " + argument + ": "; }
+
+  template <typename Dims>
+  void check_shape(const char* argument, const Tensor& t, const Dims& dims) const;
+  void check_shape(const char* argument, const Tensor& t, std::initializer_list<Dim> dims) const;
+
+  void check_device(const char* argument, const Tensor& t) const;
+
+  void check_dtype_and_device(const Tensor& input, const MaybeTensor& h0, const MaybeTensor& c0,
+                              const Tensor& weight_ih, const Tensor& weight_hh, const MaybeTensor& bias_ih,
+                              const MaybeTensor& bias_hh, const MaybeTensor& weight_hr) const;
+
+  // What plain calls do not have.
+  void check_extras(const Tensor& like, const MaybeTensor& weight_ch, const MaybeTensor& recurrent_mask,
+                    const MaybeTensor& zoneout_h, const MaybeTensor& zoneout_c, const MaybeTensor& weight_ln,
+                    bool is_projected) const;
+
+  void check_tokens(const Tensor& tokens, bool is_packed) const;
+
+  // Tokens index W_ih's columns: none may lie outside, or a driver of the CPU would read and write foreign memory.
+  // Those of CUDA never do, so that the check, for which the host must wait, is left to the forward call, and left out
+  // while a graph is captured.
+  void check_token_range(const Tensor& tokens) const;
+
+  Tensor checked_integers(const char* argument, const Tensor& t) const;
+
+  // T, N, R and outer_, the leading dimensions of input and output.
+  void check_layout(const Tensor& input, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
+                    const MaybeTensor& resets);
+
+  // active_, first_row_ and order_ of SequenceParams, and on_device_. After the large allocations, which refuse
+  // impossible sizes.
+  void fill_rows();
+
+  // ---- tensors for the driver ----
+
+  Tensor dense(const Tensor& t) const { return t.to(storage_).contiguous(); }
+  Tensor dense(const MaybeTensor& t) const { return has(t) ? dense(*t) : Tensor(); }
+  // Any strides outside, unit stride in the last dimension.
+  Tensor rows(const Tensor& t) const;
+  template <typename T, typename E>
+  SequenceParams<T, E> params(bool backward) const;
+
+  template <typename T, typename E>
+  static void set_saved(SequenceParams<T, E>& p, const Tensor& gates, const Tensor& cells, const Tensor& hidden);
+
+  template <typename T, typename E, typename Size, typename Run>
+  void run_driver(SequenceParams<T, E>& p, Size scratch_size, Run run) const;
+
+  // run(types, driver) for the types T and E of the driver that takes the call.
+  template <typename Run>
+  void dispatch(const Run& run) const;
+
+  const at::Device device_;
+  const DriverTable& table_;
+  const CellInfo& cell_;
+  const int index_;
+  const bool reverse_, is_tokens_;
+  bool is_packed_ = false;
+  Sizes size_{};
+  at::ScalarType dtype_, storage_, compute_;  // of the arguments; E and T of the driver
+  std::vector<int64_t> outer_;
+  std::vector<Dim> outer_dims_;
+  Tensor batch_sizes_, lengths_, resets_;
+  Tensor input_, h0_, c0_, weight_ih_, weight_hh_, bias_ih_, bias_hh_, weight_hr_, weight_ch_, weight_ln_;
+  Tensor recurrent_mask_, zoneout_h_, zoneout_c_;
+  Tensor output_, scratch_;  // of step()
+  std::vector<int64_t> active_, first_row_, order_;
+  Tensor on_device_;  // CUDA: lengths; packed: active_, then first_row_
+};
+
+}  // namespace rnnfast
