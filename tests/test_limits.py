@@ -1,5 +1,6 @@
 """benchmarks/scaling.py and memory.py: short runs from end to end, and what their summaries count."""
 
+import argparse
 import csv
 import importlib
 import json
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import rnnfast
+
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -16,6 +19,7 @@ BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 cases = importlib.import_module("cases")
 measure = importlib.import_module("measure")
+memory = importlib.import_module("memory")
 scaling = importlib.import_module("scaling")
 
 
@@ -100,3 +104,18 @@ def test_memory_from_end_to_end(tmp_path):
     assert float(row["ratio"]) == pytest.approx(float(row["rnnfast_mb"]) / float(row["torch_mb"]), abs=1e-3)
     assert ("recompute is left out" in done.stdout) == (row["recompute_mb"] == "")
     assert json.loads((tmp_path / "memory-cpu-float32-1t.json").read_text())["threads"] == 1
+
+
+def test_recompute_is_measured_where_the_layers_have_it(monkeypatch):
+    class WithRecompute(rnnfast.LSTM):
+        def __init__(self, *args, recompute=False, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    peaks = {"torch": 10.0, "rnnfast": 6.0, "recompute": 3.0}
+    monkeypatch.setattr(rnnfast, "LSTM", WithRecompute)
+    monkeypatch.setattr(memory, "peak_in_fresh_process", lambda context, name, *_: peaks[name])
+    options = argparse.Namespace(threads=1, seconds=0.01)
+    row = memory.measure_case(None, cases.find_case("step-h64"), cases.CELLS["lstm"], options)
+    assert (row["ratio"], row["recompute_ratio"]) == (0.6, 0.3)
+    assert row["recompute_time"] > 0
+    assert "with recompute   1 shapes, geometric mean 0.30 of torch.nn's" in memory.format_summary([row])
