@@ -6,13 +6,16 @@ rows, plain cross entropy and Python loops over the layer. A run that was killed
 is given again, to the same result.
 
 Units: perplexity is exp of the mean cross entropy in nats per token, over held-out windows unless a column says
-otherwise; seconds are those of training epochs, validation included, on --threads threads.
+otherwise. Times are CPU seconds of the process, all its threads together (time.process_time), because a machine shared
+with other work makes wall seconds worthless; on one thread, the default, they are what an idle machine would need.
+cpu_seconds are those of a model's whole experiment: training epochs, validation, other books, texts, forecasts.
 """
 
 import argparse
 import contextlib
 import csv
 import dataclasses
+import fnmatch
 import json
 import math
 import statistics
@@ -24,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import OtherWork, describe_run, make_output_folder, positive_int
+from measure import describe_run, make_output_folder, positive_int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -99,9 +102,10 @@ class LanguageModel:
         """A rough measure of the time of an epoch, to tell how much is left."""
         gates = {"rnn": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}[self.cell]
         windows = self.num_train if self.num_tokens is None else self.num_tokens / self.num_steps
-        inputs = 4_000 if self.level == "word" else 30
+        vocab_size = 4_600 if self.level == "word" else 28
         layers = self.num_layers * (1 + self.bidirectional)
-        return windows * self.num_steps * (layers * gates * self.hidden_size * (self.hidden_size + 60) + 4e3 + inputs)
+        token = layers * gates * self.hidden_size * (self.hidden_size + 60) + 50 * vocab_size + 2_600
+        return windows * self.num_steps * token
 
 
 @dataclass(frozen=True)
@@ -274,6 +278,7 @@ def train_language_model(
         result["nats_per_character"] = round(math.log(result["perplexity"]) / per_word, 4)
     elif validation is not None:
         result["nats_per_character"] = round(math.log(result["perplexity"]), 4)
+    start = time.process_time()
     for book in setting.books:
         _, others, _ = read_tokens(setting, book)
         windows = Windows(others, setting.num_steps)
@@ -288,28 +293,34 @@ def train_language_model(
         if setting.alphas:
             result["texts"]["greedy"] = trained.write(PROMPT, 1000, None, seed)
             result["text_figures"] = {name: text_figures(text, book_text) for name, text in result["texts"].items()}
+    result["cpu_seconds"] = round(result["cpu_seconds"] + time.process_time() - start, 3)
     if setting.costs:
         batch = train.__getitems__(range(min(setting.batch_size, len(train))))
         result["saved_megabytes"] = round(saved_bytes(trained, batch) / 1e6, 2)
         with torch.no_grad():
-            result["inference_ms"] = round(1e3 * quickest(lambda: trained.model(batch[0])), 3)
+            result["inference_cpu_ms"] = round(1e3 * quickest(lambda: trained.model(batch[0])), 3)
         if not setting.bidirectional:
-            result["characters_per_second"] = round(500 / quickest(lambda: trained.write(PROMPT, 500, None, seed)))
+            result["characters_per_cpu_second"] = round(500 / quickest(lambda: trained.write(PROMPT, 500, None, seed)))
     return result
 
 
 def quickest(call: Callable[[], object]) -> float:
-    """Returns the median seconds of a few calls after one that is not timed."""
+    """Returns the median CPU seconds of a few calls after one that is not timed."""
     call()
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         call()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return statistics.median(times)
 
 
 # --- Training, of either kind -----------------------------------------------------------------------------------------
+
+
+def short(value: float) -> float | None:
+    """Returns six digits of a number, None for NaN, which JSON lacks."""
+    return None if math.isnan(value) else float(f"{value:.6g}")
 
 
 def train_with(
@@ -323,7 +334,7 @@ def train_with(
     trained: Trained | None = None,
     vocab: Vocab | None = None,
 ) -> Result:
-    """Trains with a folder of checkpoints; returns the log, the seconds and the perplexities, or why it stopped."""
+    """Trains with a folder of checkpoints; returns the log, the CPU seconds and the perplexities, or why it stopped."""
     is_language = isinstance(setting, LanguageModel)
     optimizer: torch.optim.Optimizer
     if is_language:
@@ -331,17 +342,17 @@ def train_with(
     else:
         optimizer = torch.optim.Adam(model.parameters(), lr=setting.learning_rate)
     clock = folder / "seconds.json"
-    # The seconds of epochs of an earlier call; a kill between a checkpoint and this file loses one, not the others.
+    # The CPU seconds of epochs of an earlier call; a kill between a checkpoint and this file loses one, not the others.
     seconds = {int(k): v for k, v in json.loads(clock.read_text()).items()} if clock.is_file() else {}
-    start = time.perf_counter()
+    start = time.process_time()
 
     def after(entry: Any) -> None:
         nonlocal start
-        seconds[entry.epoch] = time.perf_counter() - start
+        seconds[entry.epoch] = time.process_time() - start
         _store(json.dumps(seconds).encode(), clock)
         measure = entry.loss if math.isnan(entry.validation) else entry.validation
         tell(entry.epoch, f"{measure:.3g}")
-        start = time.perf_counter()
+        start = time.process_time()
 
     options: dict[str, Any] = {"epochs": setting.epochs, "folder": folder, "after_epoch": after, "vocab": vocab}
     if is_language:
@@ -356,8 +367,8 @@ def train_with(
         return {"stopped": "the perplexity of the validation windows is too large for a number"}
     tell(setting.epochs, "done")
     result: Result = {
-        "seconds": round(statistics.mean(seconds.values()) * len(log), 3),
-        "log": [[entry.loss, None if math.isnan(entry.validation) else entry.validation] for entry in log],
+        "cpu_seconds": round(statistics.mean(seconds.values()) * len(log), 3),
+        "log": [[short(entry.loss), short(entry.validation)] for entry in log],
     }
     if is_language:
         result["train_perplexity"] = round(math.exp(min(log[-1].loss, 700.0)), 4)
@@ -387,16 +398,17 @@ def train_forecast(setting: Forecast, impl: str, seed: int, folder: Path, tell: 
     if "stopped" in result:
         return result
     most = max(setting.steps)
-    start = time.perf_counter()
+    start = time.process_time()
     predicted = forecasts(model, series, split, most, impl == "torch")
-    result["forecast_seconds"] = round(time.perf_counter() - start, 4)
+    result["forecast_cpu_seconds"] = round(time.process_time() - start, 4)
+    result["cpu_seconds"] = round(result["cpu_seconds"] + result["forecast_cpu_seconds"], 3)
     wanted = series.unfold(0, most, 1)[split:]  # [origins, most]
     spread = float(series[:split].std())
     for step in setting.steps:
         error = (predicted[step - 1] - wanted[: predicted.shape[1], step - 1]).square().mean().sqrt().item()
         result[f"error_{step}"] = round(error / spread, 4)
     result["curves"] = {
-        "series": series.tolist(),
+        "series": [round(v, 4) for v in series.tolist()],
         "split": split,
         "steps": {str(step): [round(v, 4) for v in predicted[step - 1].tolist()] for step in setting.steps},
     }
@@ -469,7 +481,7 @@ class Experiment:
     note: str = ""
 
 
-COMMON = ("seconds", "perplexity", "train_perplexity")
+COMMON = ("cpu_seconds", "perplexity", "train_perplexity")
 EXPERIMENTS: dict[str, Experiment] = {
     "grid": Experiment(
         "Steps, hidden units and learning rate of RNN, GRU and LSTM", grid, COMMON, 6, "lowest perplexity of the rates"
@@ -477,7 +489,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "cells": Experiment(
         "What RNN, GRU and LSTM of one hidden size cost and reach",
         lambda: [of_book(cell, cell, costs=True) for cell in BOOK],
-        (*COMMON, "parameters", "saved_megabytes", "inference_ms", "characters_per_second"),
+        (*COMMON, "parameters", "saved_megabytes", "inference_cpu_ms", "characters_per_cpu_second"),
         40,
     ),
     "tokens": Experiment(
@@ -544,7 +556,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "partitions": Experiment(
         "Random against consecutive windows, the state carried over (sizes of the book's earlier edition)",
         partitions,
-        ("seconds", "train_perplexity"),
+        ("cpu_seconds", "train_perplexity"),
         15,
     ),
     "forecasts": Experiment(
@@ -557,7 +569,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 for cell in BOOK
             ),
         ],
-        ("seconds", "forecast_seconds", "error_1", "error_4", "error_16", "error_64"),
+        ("cpu_seconds", "forecast_cpu_seconds", "error_1", "error_4", "error_16", "error_64"),
         25,
         "errors are root mean squares over the standard deviation of the training part",
     ),
@@ -577,6 +589,8 @@ def settings_of(name: str, options: argparse.Namespace) -> list[Setting]:
         settings = [dataclasses.replace(setting, epochs=options.epochs) for setting in settings]
     if options.cell is not None:
         settings = [setting for setting in settings if setting.cell in options.cell]
+    if options.models is not None:
+        settings = [s for s in settings if any(fnmatch.fnmatchcase(s.name, pattern) for pattern in options.models)]
     if options.corpus is not None:
         settings = [
             dataclasses.replace(setting, corpus=options.corpus) if isinstance(setting, LanguageModel) else setting
@@ -611,30 +625,46 @@ def compare(rows: list[Result], others: list[Result], impl: str) -> list[str]:
     lines = []
     for row in rows:
         other = by_name.get(row["name"])
-        if other is None or not row.get("seconds") or not other.get("seconds"):
+        if other is None or not row.get("cpu_seconds") or not other.get("cpu_seconds"):
             continue
         ours, theirs = (row, other) if impl == "rnnfast" else (other, row)
         measure = next((m for m in ("perplexity", "train_perplexity", "error_1") if m in ours), None)
         reached = f", {measure} {cell_text(ours[measure])} against {cell_text(theirs[measure])}" if measure else ""
-        lines.append(
-            f"{row['name']}: torch.nn's time over rnnfast's {theirs['seconds'] / ours['seconds']:.2f}{reached}"
-        )
+        ratio = theirs["cpu_seconds"] / ours["cpu_seconds"]
+        lines.append(f"{row['name']}: torch.nn's CPU time over rnnfast's {ratio:.2f}{reached}")
     return lines
 
 
-def write_results(folder: Path, stem: str, name: str, run: Result, rows: list[Result]) -> None:
-    """Writes the table (.csv), everything with the run's description (.json), and the texts (.txt)."""
+def write_results(folder: Path, stem: str, name: str, impl: str, rows: list[Result]) -> None:
+    """Writes the table (.csv), nearly everything (.json), and the texts (.txt).
+
+    The .json describes every call that trained a model, and says of each model which of them it was. The forecast
+    series stay with the checkpoints.
+    """
     columns = EXPERIMENTS[name].columns
     with open(folder / f"{stem}.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["model", *columns])
         writer.writerows([row["name"], *(row.get(column, "") for column in columns)] for row in rows)
-    (folder / f"{stem}.json").write_text(json.dumps(run | {"results": rows}) + "\n")
+    runs: list[Result] = []
+    results = []
+    for row in rows:
+        if row["run"] not in runs:
+            runs.append(row["run"])
+        results.append({k: v for k, v in row.items() if k != "curves"} | {"run": runs.index(row["run"])})
+    summary = {"experiment": name, "impl": impl, "runs": runs, "results": results}
+    (folder / f"{stem}.json").write_text(json.dumps(summary) + "\n")
     texts = "".join(
         f"{row['name']}, {kind}:\n{text}\n\n" for row in rows for kind, text in row.get("texts", {}).items()
     )
     if texts:
         (folder / f"{stem}.txt").write_text(texts)
+
+
+def measured_on(rows: list[Result]) -> str:
+    """Returns threads, machine and commit of the calls that trained the models."""
+    said = (f"{row['run']['threads']} thread(s), {row['run']['machine']}, {row['run']['git_sha'][:12]}" for row in rows)
+    return "; ".join(dict.fromkeys(said))
 
 
 def draw(path: Path, name: str, rows: list[Result], title: str) -> None:
@@ -708,8 +738,13 @@ def draw_forecast(panel: Any, row: Result) -> None:
 # --- The command ------------------------------------------------------------------------------------------------------
 
 
-def run_one(setting: Setting, impl: str, seed: int, folder: Path, tell: Callable[[int, str], None]) -> Result:
-    """Returns the result of one model: the one on disk when it is finished, else after training what is missing."""
+def run_one(
+    setting: Setting, impl: str, seed: int, folder: Path, tell: Callable[[int, str], None], run: Result
+) -> Result:
+    """Returns the result of one model: the one on disk when it is finished, else after training what is missing.
+
+    A result carries the description of the call that finished it: machine, commit, date.
+    """
     known = dataclasses.asdict(setting) | {"impl": impl, "seed": seed}
     known = json.loads(json.dumps(known))
     done, settings = folder / "result.json", folder / "setting.json"
@@ -721,7 +756,7 @@ def run_one(setting: Setting, impl: str, seed: int, folder: Path, tell: Callable
     else:
         train = train_language_model if isinstance(setting, LanguageModel) else train_forecast
         result = train(setting, impl, seed, folder, tell)  # type: ignore[arg-type]
-        result = {"name": setting.name, "setting": known} | result
+        result = {"name": setting.name, "setting": known, "run": run} | result
         _store(json.dumps(result).encode(), done)
     tell(setting.epochs, "done")
     return result
@@ -730,7 +765,8 @@ def run_one(setting: Setting, impl: str, seed: int, folder: Path, tell: Callable
 def check(parser: argparse.ArgumentParser, settings: list[Setting], options: argparse.Namespace) -> list[Setting]:
     """Refuses what would fail later: a missing corpus or series, a text that is too short."""
     if not settings:
-        parser.error(f"--cell {' '.join(options.cell)}: this experiment has no model of it")
+        asked = [*(f"--cell {cell}" for cell in options.cell or ()), *(f"--models {m!r}" for m in options.models or ())]
+        parser.error(f"{' '.join(asked)}: this experiment has no such model")
     variants = [setting for setting in settings if setting.is_variant]
     if variants and options.impl == "torch":
         names = ", ".join(setting.name for setting in variants)
@@ -765,6 +801,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="few epochs, the grid's corner: about a minute")
     parser.add_argument("--impl", choices=("rnnfast", "torch"), default="rnnfast", help="default: %(default)s")
     parser.add_argument("--cell", nargs="+", choices=tuple(CELLS), default=None, help="only the models of these cells")
+    parser.add_argument(
+        "--models", nargs="+", default=None, metavar="PATTERN", help="only those of these names, such as 'gru T=32 *'"
+    )
     parser.add_argument("--epochs", type=positive_int, default=None, help="default: the book's, or those of --quick")
     parser.add_argument(
         "--corpus",
@@ -803,8 +842,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     experiment = EXPERIMENTS[name]
     stem = f"d2l-{name}{'-quick' if options.quick else ''}"
-    run = describe_run(torch.device("cpu"), torch.float32, options.threads) | {"experiment": name, "impl": impl}
-    other_work = OtherWork()
+    run = describe_run(torch.device("cpu"), torch.float32, options.threads)
     rows: list[Result] = []
     from tqdm import tqdm
 
@@ -823,18 +861,16 @@ def main(arguments: list[str] | None = None) -> int:
             bar.set_description_str(f"[{number}/{len(settings)}] {setting.name}", refresh=False)
             folder = work / f"{stem}-{impl}" / setting.name.replace(" ", "_").replace(",", "")
             try:
-                rows.append(run_one(setting, impl, options.seed, folder, tell))
+                rows.append(run_one(setting, impl, options.seed, folder, tell, run))
             except CorpusError as error:
                 bar.close()
                 parser.error(str(error))
-            write_results(output, f"{stem}-{impl}", name, run, rows)
+            write_results(output, f"{stem}-{impl}", name, impl, rows)
     if not rows:
         print("stopped before a model was finished; the same command goes on", file=sys.stderr)
         return 130
-    other_work.finish(run)
-    write_results(output, f"{stem}-{impl}", name, run, rows)
-    machine = f"{experiment.title}\n{impl}, {run['threads']} thread(s), {run['machine']}, {run['git_sha'][:12]}"
-    draw(output / f"{stem}-{impl}.png", name, rows, machine)
+    write_results(output, f"{stem}-{impl}", name, impl, rows)
+    draw(output / f"{stem}-{impl}.png", name, rows, f"{experiment.title}\n{impl}, {measured_on(rows)}")
     print(f"{experiment.title}\n\n{format_table(rows, experiment.columns)}")
     if experiment.note:
         print(f"\n{experiment.note}")

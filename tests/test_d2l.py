@@ -65,7 +65,7 @@ def run(tmp_path, name, *arguments):
 
 
 def without_times(row):
-    timed = ("seconds", "inference_ms", "characters_per_second", "forecast_seconds")
+    timed = ("run", "cpu_seconds", "inference_cpu_ms", "characters_per_cpu_second", "forecast_cpu_seconds")
     return {key: value for key, value in row.items() if key not in timed}
 
 
@@ -87,12 +87,13 @@ def test_each_experiment_from_end_to_end(tiny, tmp_path, capsys, name, impl):
     assert [row["model"] for row in rows] == [setting.name for setting in expected]
     assert tuple(rows[0]) == ("model", *d2l.EXPERIMENTS[name].columns)
     for row in rows:
-        for column in {"seconds", "perplexity", "train_perplexity"} & set(row):
+        for column in {"cpu_seconds", "perplexity", "train_perplexity"} & set(row):
             assert float(row[column]) > 0
     assert (work / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((work / f"{stem}.json").read_text())
     assert summary["impl"] == impl
-    assert summary["machine"]
+    assert [set(run) >= {"machine", "git_sha", "threads"} for run in summary["runs"]] == [True]
+    assert all(row["run"] == 0 for row in summary["results"])
     printed = capsys.readouterr()
     assert d2l.EXPERIMENTS[name].title in printed.out
     assert "100%" in printed.err
@@ -103,12 +104,44 @@ def test_each_experiment_from_end_to_end(tiny, tmp_path, capsys, name, impl):
 def test_both_implementations_reach_the_same(tiny, tmp_path, capsys, name):
     _, work = run(tmp_path, name)
     run(tmp_path, name, "--impl", "torch")
-    assert capsys.readouterr().out.count("torch.nn's time over rnnfast's") == len(d2l.EXPERIMENTS[name].settings())
+    assert capsys.readouterr().out.count("torch.nn's CPU time over rnnfast's") == len(d2l.EXPERIMENTS[name].settings())
     for ours, theirs in zip(results(work, f"d2l-{name}-rnnfast"), results(work, f"d2l-{name}-torch"), strict=True):
         for key in ("perplexity", "train_perplexity", "error_1", "error_3"):
             if key in ours:
                 assert math.isclose(ours[key], theirs[key], rel_tol=1e-3)
         assert ours.get("texts", {}).keys() == theirs.get("texts", {}).keys()
+
+
+def test_only_the_models_asked_for(tiny, tmp_path):
+    _, work = run(tmp_path, "gates", "--models", "reset gate only*", "both")
+    names = [row["name"] for row in results(work, "d2l-gates-rnnfast")]
+    assert names == ["reset gate only", "reset gate only, before the product"]
+
+
+def test_times_are_those_of_the_process_and_not_of_the_clock(tiny, tmp_path, monkeypatch):
+    """A machine busy with other work: a model that waits a second in every epoch has used no more CPU time for it."""
+    fit = d2l.fit
+
+    def waiting(model, batches, *rest, **options):
+        def late(epoch):
+            time.sleep(1.0)
+            return batches(epoch)
+
+        return fit(model, late, *rest, **options)
+
+    monkeypatch.setattr(d2l, "fit", waiting)
+    _, work = run(tmp_path, "cells", "--cell", "rnn")
+    assert 0 < results(work, "d2l-cells-rnnfast")[0]["cpu_seconds"] < 1.0
+
+
+def test_a_result_keeps_the_run_that_trained_it(tiny, tmp_path, monkeypatch):
+    """A call that adds models to finished ones describes both runs."""
+    for sha, models in (("a" * 40, ["rnn"]), ("b" * 40, ["rnn", "gru"])):
+        monkeypatch.setattr(d2l, "describe_run", lambda *_, sha=sha: {"git_sha": sha, "machine": "m", "threads": 1})
+        _, work = run(tmp_path, "cells", "--models", *models)
+    summary = json.loads((work / "d2l-cells-rnnfast.json").read_text())
+    assert [run["git_sha"][0] for run in summary["runs"]] == ["a", "b"]
+    assert [row["run"] for row in summary["results"]] == [0, 1]
 
 
 def test_finished_models_are_not_trained_again(tiny, tmp_path, monkeypatch):
@@ -170,7 +203,7 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path, book):
         assert process.returncode == 0, output
     rows = [results(tmp_path / folder, "d2l-cells-rnnfast") for folder in ("broken", "whole")]
     assert [without_times(row) for row in rows[0]] == [without_times(row) for row in rows[1]]
-    assert rows[0][0]["seconds"] > 0
+    assert rows[0][0]["cpu_seconds"] > 0
 
 
 def test_other_settings_in_the_same_folder_are_refused(tiny, tmp_path, capsys):
@@ -190,7 +223,8 @@ def test_other_settings_in_the_same_folder_are_refused(tiny, tmp_path, capsys):
         (["cells", "--epochs", "0"], "0 is not at least 1"),
         (["cells", "--threads", "no"], "invalid positive_int value: 'no'"),
         (["cells", "--cell", "gur"], "invalid choice: 'gur'"),
-        (["depth", "--cell", "lstm"], "--cell lstm: this experiment has no model of it"),
+        (["depth", "--cell", "lstm"], "--cell lstm: this experiment has no such model"),
+        (["cells", "--models", "lstn", "x *"], "--models 'lstn' --models 'x *': this experiment has no such model"),
         (["cells", "--corpus", "moby-dick"], "'moby-dick' is neither a file nor one of the known corpora"),
         (["books", "--corpus", "python-docs"], "corpus 'war-of-the-worlds' is not in"),
         (["forecasts"], "series 'co2': put co2_mm_mlo.csv"),
