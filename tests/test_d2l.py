@@ -21,6 +21,7 @@ pytest.importorskip("tqdm")
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 d2l = importlib.import_module("d2l")
+d2l_models = importlib.import_module("d2l_models")
 
 
 @pytest.fixture
@@ -120,7 +121,7 @@ def test_only_the_models_asked_for(tiny, tmp_path):
 
 def test_times_are_those_of_the_process_and_not_of_the_clock(tiny, tmp_path, monkeypatch):
     """A machine busy with other work: a model that waits a second in every epoch has used no more CPU time for it."""
-    fit = d2l.fit
+    fit = d2l_models.fit
 
     def waiting(model, batches, *rest, **options):
         def late(epoch):
@@ -129,25 +130,29 @@ def test_times_are_those_of_the_process_and_not_of_the_clock(tiny, tmp_path, mon
 
         return fit(model, late, *rest, **options)
 
-    monkeypatch.setattr(d2l, "fit", waiting)
+    monkeypatch.setattr(d2l_models, "fit", waiting)
     _, work = run(tmp_path, "cells", "--cell", "rnn")
     assert 0 < results(work, "d2l-cells-rnnfast")[0]["cpu_seconds"] < 1.0
 
 
 def test_a_result_keeps_the_run_that_trained_it(tiny, tmp_path, monkeypatch):
     """A call that adds models to finished ones describes both runs."""
+    described = d2l.describe_run(torch.device("cpu"), torch.float32, 1)
     for sha, models in (("a" * 40, ["rnn"]), ("b" * 40, ["rnn", "gru"])):
-        monkeypatch.setattr(d2l, "describe_run", lambda *_, sha=sha: {"git_sha": sha, "machine": "m", "threads": 1})
+        monkeypatch.setattr(d2l, "describe_run", lambda *_, sha=sha: described | {"git_sha": sha})
         _, work = run(tmp_path, "cells", "--models", *models)
     summary = json.loads((work / "d2l-cells-rnnfast.json").read_text())
     assert [run["git_sha"][0] for run in summary["runs"]] == ["a", "b"]
     assert [row["run"] for row in summary["results"]] == [0, 1]
+    text = (work / "d2l-cells.md").read_text()
+    assert "commit aaaaaaaaaaaa" in text
+    assert "commit bbbbbbbbbbbb" in text
 
 
 def test_finished_models_are_not_trained_again(tiny, tmp_path, monkeypatch):
     _, work = run(tmp_path, "cells")
     before = results(work, "d2l-cells-rnnfast")
-    monkeypatch.setattr(d2l, "fit", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(d2l_models, "fit", lambda *_, **__: pytest.fail("trained again"))
     run(tmp_path, "cells")
     assert results(work, "d2l-cells-rnnfast") == before
 
@@ -156,7 +161,7 @@ def test_finished_models_are_not_trained_again(tiny, tmp_path, monkeypatch):
 def test_an_interrupted_run_goes_on_to_the_same_result(tiny, tmp_path, monkeypatch, capsys, name):
     """Ctrl-C after the first epoch of the second model: what is there is written, and the next call does the rest."""
     _, whole = run(tmp_path / "whole", name)
-    store, seen = d2l._store, []
+    store, seen = d2l_models._store, []
 
     def stop(content, path):
         store(content, path)
@@ -164,9 +169,9 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tiny, tmp_path, monkeypat
         if seen.count("seconds.json") == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(d2l, "_store", stop)
+    monkeypatch.setattr(d2l_models, "_store", stop)
     status, work = run(tmp_path / "broken", name)
-    monkeypatch.setattr(d2l, "_store", store)
+    monkeypatch.setattr(d2l_models, "_store", store)
     assert status == 130
     assert "stopped after 1 of" in capsys.readouterr().err
     stem = f"d2l-{name}-rnnfast"
@@ -206,6 +211,14 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path, book):
     assert rows[0][0]["cpu_seconds"] > 0
 
 
+def test_only_results_of_equal_settings_are_compared():
+    row = {"name": "gru", "cpu_seconds": 2.0, "perplexity": 6.0, "setting": {"impl": "rnnfast", "epochs": 50}}
+    twin = row | {"cpu_seconds": 5.0, "perplexity": 6.1, "setting": {"impl": "torch", "epochs": 50}}
+    assert d2l.compare([row], [twin]) == [("gru", 2.5, "perplexity", 6.0, 6.1)]
+    assert d2l.compare([row], [twin | {"setting": {"impl": "torch", "epochs": 20}}]) == []
+    assert d2l.compare([row], [twin | {"stopped": "diverged"}]) == []
+
+
 def test_other_settings_in_the_same_folder_are_refused(tiny, tmp_path, capsys):
     run(tmp_path, "cells")
     with pytest.raises(SystemExit) as status:
@@ -221,6 +234,7 @@ def test_other_settings_in_the_same_folder_are_refused(tiny, tmp_path, capsys):
         (["cooking"], "invalid choice: 'cooking'"),
         (["cells", "--impl", "jax"], "invalid choice: 'jax'"),
         (["cells", "--epochs", "0"], "0 is not at least 1"),
+        (["cells", "--seed", "-1"], "-1 is not between 0 and 2^32 - 1"),
         (["cells", "--threads", "no"], "invalid positive_int value: 'no'"),
         (["cells", "--cell", "gur"], "invalid choice: 'gur'"),
         (["depth", "--cell", "lstm"], "--cell lstm: this experiment has no such model"),
@@ -228,8 +242,8 @@ def test_other_settings_in_the_same_folder_are_refused(tiny, tmp_path, capsys):
         (["cells", "--corpus", "moby-dick"], "'moby-dick' is neither a file nor one of the known corpora"),
         (["books", "--corpus", "python-docs"], "corpus 'war-of-the-worlds' is not in"),
         (["forecasts"], "series 'co2': put co2_mm_mlo.csv"),
-        (["cells", "--corpus", "python-docs", "--work", __file__], "cannot be written"),
-        (["cells", "--corpus", "python-docs", "--output", __file__], "cannot be written"),
+        (["cells", "--corpus", "python-docs", "--work", __file__], f"--work {__file__}: cannot be written"),
+        (["cells", "--corpus", "python-docs", "--output", __file__], f"--output {__file__}: cannot be written"),
     ],
 )
 def test_refusals_before_any_work(arguments, message, capsys, monkeypatch, tmp_path):
@@ -282,14 +296,14 @@ def test_training_that_diverges_is_a_result(tiny, tmp_path, monkeypatch):
 
 def test_bytes_kept_for_backward(book):
     setting = d2l.of_book("rnn", "rnn", corpus=str(book), num_steps=6, hidden_size=16)
-    vocab, tokens, _ = d2l.read_tokens(setting)
-    trained = d2l.Trained(setting, vocab, "rnnfast", 0)
-    windows = d2l.Windows(tokens, 6)
-    once, twice = (d2l.saved_bytes(trained, windows.__getitems__(range(n))) for n in (200, 400))
+    vocab, tokens, _ = d2l_models.read_tokens(setting)
+    trained = d2l_models.Trained(setting, vocab, "rnnfast", 0)
+    windows = d2l_models.Windows(tokens, 6)
+    once, twice = (d2l_models.saved_bytes(trained, windows.__getitems__(range(n))) for n in (200, 400))
     assert 200 * 6 * 16 * 4 <= once < 20 * 200 * 6 * 16 * 4
     assert 1.8 < twice / once < 2.2
 
 
 def test_texts_are_judged_by_the_words_of_the_book():
-    figures = d2l.text_figures("begun the time the machine xyzzy cut", "the time machine")
+    figures = d2l_models.text_figures("begun the time the machine xyzzy cut", "the time machine")
     assert figures == {"known_words": 0.8, "distinct_words": 0.8}
