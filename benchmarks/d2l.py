@@ -274,6 +274,13 @@ def write_markdown(folder: Path, stem: str, name: str) -> list[tuple[Any, ...]]:
         parts += [f"{impl}, {'; '.join(map(described, summary['runs']))}", format_markdown(columns, rows)]
     if experiment.note:
         parts.append(experiment.note[0].upper() + experiment.note[1:] + ".")
+    figures = [
+        (f"{row['name']}, {kind}", *said.values())
+        for row in next(iter(both.values()))["results"]
+        for kind, said in row.get("text_figures", {}).items()
+    ]
+    if figures:
+        parts.append(format_markdown(("text", "words that the book has", "different words"), figures))
     pairs = compare(*(both[impl]["results"] if impl in both else [] for impl in ("rnnfast", "torch")))
     if pairs:
         parts.append(format_markdown(COMPARISON, pairs))
@@ -291,8 +298,9 @@ def described(run: Result) -> str:
 
 
 def draw(path: Path, name: str, rows: list[Result], twins: list[Result], title: str) -> None:
-    """Draws the experiment's picture: heat maps of the grid, curves of the others, dashed those of `twins`."""
+    """Draws the experiment's picture: heat maps, bars, forecasts or learning curves, dashed those of `twins`."""
     from matplotlib.figure import Figure  # files only: works without a display
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     rows, twins = ([row for row in several if "stopped" not in row] for several in (rows, twins))
     if not rows:
@@ -308,6 +316,22 @@ def draw(path: Path, name: str, rows: list[Result], twins: list[Result], title: 
         figure = Figure(figsize=(11, 2.8 * len(series)), layout="constrained")
         for panel, one in zip(figure.subplots(len(series), 1, squeeze=False)[:, 0], series, strict=True):
             draw_forecast(panel, min((r for r in rows if r["setting"]["series"] == one), key=lambda r: r["error_1"]))
+    elif name in ("books", "sampling"):
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        panel = figure.subplots()
+        if name == "books":
+            reached = {
+                row["name"]: {"its own book": row["perplexity"]}
+                | {book: row[f"perplexity_{book}"] for book in row["setting"]["books"]}
+                for row in rows
+            }
+            draw_bars(panel, reached)
+            panel.set(ylabel="perplexity")
+        else:
+            figures = rows[0]["text_figures"]
+            labels = {"known_words": "words that the book has", "distinct_words": "different words"}
+            draw_bars(panel, {kind: {labels[k]: v for k, v in said.items()} for kind, said in figures.items()})
+            panel.set(ylabel="share of the words written")
     else:
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         panel = figure.subplots()
@@ -321,7 +345,14 @@ def draw(path: Path, name: str, rows: list[Result], twins: list[Result], title: 
                 panel.plot(*learning_curve(row), label=f"{row['name']}, {other}", **style)
         held_out = rows[0]["log"][-1][1] is not None
         panel.set(xlabel="epoch", ylabel=f"{'validation' if held_out else 'training'} perplexity", yscale="log")
-        panel.grid(alpha=0.3, which="both")
+        low, high = panel.get_ylim()
+        panel.set_ylim(low, min(high, 1e4))  # a model that went astray does not press the others flat
+        panel.yaxis.set_major_locator(
+            LogLocator(subs=range(1, 10) if high < 10 * low else (1, 2, 5) if high < 300 * low else (1,))
+        )
+        panel.yaxis.set_minor_locator(LogLocator(subs=()))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.grid(alpha=0.3)
         panel.legend(fontsize="small")
     figure.suptitle(title, fontsize="small")
     figure.savefig(path, dpi=110)
@@ -331,6 +362,18 @@ def learning_curve(row: Result) -> tuple[list[int], list[float]]:
     """Returns the epochs and the perplexity of each, of the validation where there was one."""
     curve = [math.exp(min(loss, 700.0)) if validation is None else validation for loss, validation in row["log"]]
     return list(range(1, len(curve) + 1)), curve
+
+
+def draw_bars(panel: Any, groups: dict[str, dict[str, float]]) -> None:
+    """Draws groups of bars, the same ones in each, with their values above them."""
+    labels = list(next(iter(groups.values())))
+    for i, label in enumerate(labels):
+        places = [place + 0.8 * (i + 0.5) / len(labels) - 0.4 for place in range(len(groups))]
+        bars = panel.bar(places, [group[label] for group in groups.values()], 0.8 / len(labels), label=label)
+        panel.bar_label(bars, fmt="%.3g", fontsize="x-small")
+    panel.set_xticks(range(len(groups)), list(groups))
+    panel.margins(y=0.25)  # room for the legend
+    panel.legend(fontsize="small", ncols=len(labels), loc="upper center")
 
 
 def draw_heat_map(panel: Any, rows: list[Result]) -> None:

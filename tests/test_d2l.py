@@ -93,6 +93,9 @@ def test_each_experiment_from_end_to_end(tiny, tmp_path, capsys, name, impl):
     assert (work / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((work / f"{stem}.json").read_text())
     assert summary["impl"] == impl
+    markdown = (work / f"d2l-{name}.md").read_text()
+    assert all(f"| {setting.name} |" in markdown for setting in expected)
+    assert ("words that the book has" in markdown) == (name == "sampling")
     assert [set(run) >= {"machine", "git_sha", "threads"} for run in summary["runs"]] == [True]
     assert all(row["run"] == 0 for row in summary["results"])
     printed = capsys.readouterr()
@@ -105,7 +108,10 @@ def test_each_experiment_from_end_to_end(tiny, tmp_path, capsys, name, impl):
 def test_both_implementations_reach_the_same(tiny, tmp_path, capsys, name):
     _, work = run(tmp_path, name)
     run(tmp_path, name, "--impl", "torch")
-    assert capsys.readouterr().out.count("torch.nn's CPU time over rnnfast's") == len(d2l.EXPERIMENTS[name].settings())
+    count = len(d2l.EXPERIMENTS[name].settings())
+    assert capsys.readouterr().out.count("torch.nn's CPU time over rnnfast's") == count
+    comparison = (work / f"d2l-{name}.md").read_text().split("| model | torch.nn's CPU time / rnnfast's |")[1]
+    assert comparison.count("\n| ") == count + 1
     for ours, theirs in zip(results(work, f"d2l-{name}-rnnfast"), results(work, f"d2l-{name}-torch"), strict=True):
         for key in ("perplexity", "train_perplexity", "error_1", "error_3"):
             if key in ours:
