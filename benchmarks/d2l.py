@@ -336,8 +336,12 @@ def draw(path: Path, name: str, rows: list[Result], twins: list[Result], title: 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         panel = figure.subplots()
         colors = {}
+        blind = 4_600 if any(row["setting"]["level"] == "word" for row in rows) else 28  # the vocabulary: a blind guess
         for row in rows:
-            colors[row["name"]] = panel.plot(*learning_curve(row), label=row["name"])[0].get_color()
+            epochs, curve = learning_curve(row)
+            label = row["name"] if min(curve) < blind else f"{row['name']} (above {blind})"
+            style = "-" if row["setting"]["clip"] else "--"
+            colors[row["name"]] = panel.plot(epochs, curve, style, label=label)[0].get_color()
         for row in twins:
             if row["name"] in colors:
                 style = {"linestyle": (0, (2, 3)), "linewidth": 3, "alpha": 0.6, "color": colors[row["name"]]}
@@ -346,7 +350,10 @@ def draw(path: Path, name: str, rows: list[Result], twins: list[Result], title: 
         held_out = rows[0]["log"][-1][1] is not None
         panel.set(xlabel="epoch", ylabel=f"{'validation' if held_out else 'training'} perplexity", yscale="log")
         low, high = panel.get_ylim()
-        panel.set_ylim(low, min(high, 1e4))  # a model that went astray does not press the others flat
+        if high > blind:  # a model that went astray does not press the others flat
+            low = 0.95 * min(min(learning_curve(row)[1]) for row in rows)
+            high = blind
+            panel.set_ylim(low, high)
         panel.yaxis.set_major_locator(
             LogLocator(subs=range(1, 10) if high < 10 * low else (1, 2, 5) if high < 300 * low else (1,))
         )
