@@ -105,7 +105,10 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "sampling": Experiment(
         "Greedy against sampled text",
-        lambda: [of_book("gru", "gru", hidden_size=256, epochs=50, alphas=(1.0, 2.0, 5.0, 30.0))],
+        lambda: [
+            of_book(f"gru{name}", "gru", hidden_size=size, alphas=(1.0, 2.0, 5.0, 30.0))
+            for name, size in (("", 32), (" of 256 units", 256))
+        ],
         (*COMMON,),
         4,
     ),
@@ -152,15 +155,15 @@ EXPERIMENTS: dict[str, Experiment] = {
     "forecasts": Experiment(
         "A noisy sine and three measured series, 1, 4, 16 and 64 steps ahead",
         lambda: [
-            *(Forecast(f"sine {cell} tau=4", cell, "sine", 1000, tau=4) for cell in BOOK),
+            *(Forecast(f"sine {cell} tau=4", cell, "sine", 100, tau=4) for cell in BOOK),
             *(
-                Forecast(f"{series} {cell}", cell, series, 1000)
+                Forecast(f"{series} {cell}", cell, series, 100)
                 for series in ("sine", "sunspots", "el-nino", "co2")
                 for cell in BOOK
             ),
         ],
         ("cpu_seconds", "forecast_cpu_seconds", "error_1", "error_4", "error_16", "error_64"),
-        25,
+        3,
         "errors are root mean squares over the standard deviation of the training part",
     ),
 }
@@ -316,22 +319,21 @@ def draw(path: Path, name: str, rows: list[Result], twins: list[Result], title: 
         figure = Figure(figsize=(11, 2.8 * len(series)), layout="constrained")
         for panel, one in zip(figure.subplots(len(series), 1, squeeze=False)[:, 0], series, strict=True):
             draw_forecast(panel, min((r for r in rows if r["setting"]["series"] == one), key=lambda r: r["error_1"]))
-    elif name in ("books", "sampling"):
+    elif name == "books":
         figure = Figure(figsize=(8, 4), layout="constrained")
-        panel = figure.subplots()
-        if name == "books":
-            reached = {
-                row["name"]: {"its own book": row["perplexity"]}
-                | {book: row[f"perplexity_{book}"] for book in row["setting"]["books"]}
-                for row in rows
-            }
-            draw_bars(panel, reached)
-            panel.set(ylabel="perplexity")
-        else:
-            figures = rows[0]["text_figures"]
-            labels = {"known_words": "words that the book has", "distinct_words": "different words"}
-            draw_bars(panel, {kind: {labels[k]: v for k, v in said.items()} for kind, said in figures.items()})
-            panel.set(ylabel="share of the words written")
+        reached = {
+            row["name"]: {"its own book": row["perplexity"]}
+            | {book: row[f"perplexity_{book}"] for book in row["setting"]["books"]}
+            for row in rows
+        }
+        draw_bars(figure.subplots(), reached, "perplexity")
+    elif name == "sampling":
+        figure = Figure(figsize=(1 + 6 * len(rows), 4), layout="constrained")
+        names = {"known_words": "words that the book has", "distinct_words": "different words"}
+        for panel, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
+            shares = {kind: {names[k]: v for k, v in said.items()} for kind, said in row["text_figures"].items()}
+            draw_bars(panel, shares, "share of the words written")
+            panel.set_title(row["name"], fontsize="small")
     else:
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         panel = figure.subplots()
@@ -371,7 +373,7 @@ def learning_curve(row: Result) -> tuple[list[int], list[float]]:
     return list(range(1, len(curve) + 1)), curve
 
 
-def draw_bars(panel: Any, groups: dict[str, dict[str, float]]) -> None:
+def draw_bars(panel: Any, groups: dict[str, dict[str, float]], ylabel: str) -> None:
     """Draws groups of bars, the same ones in each, with their values above them."""
     labels = list(next(iter(groups.values())))
     for i, label in enumerate(labels):
@@ -379,6 +381,7 @@ def draw_bars(panel: Any, groups: dict[str, dict[str, float]]) -> None:
         bars = panel.bar(places, [group[label] for group in groups.values()], 0.8 / len(labels), label=label)
         panel.bar_label(bars, fmt="%.3g", fontsize="x-small")
     panel.set_xticks(range(len(groups)), list(groups))
+    panel.set(ylabel=ylabel)
     panel.margins(y=0.25)  # room for the legend
     panel.legend(fontsize="small", ncols=len(labels), loc="upper center")
 

@@ -98,12 +98,16 @@ class LanguageModel:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A model of a series: from the last tau values, or the whole past. `share` of the series is trained on."""
+    """A model of a series: from the last tau values, or the whole past. `share` of the series is trained on.
+
+    An epoch is several passes, each one step of Adam: a checkpoint takes longer than a pass.
+    """
 
     name: str
     cell: str
     series: str
     epochs: int
+    passes: int = 10
     tau: int | None = None
     hidden_size: int = 32
     learning_rate: float = 0.01
@@ -373,7 +377,8 @@ def train_forecast(setting: Forecast, impl: str, seed: int, folder: Path, tell: 
     model = RNNAutoRegression(rnn, setting.tau)
     model.fit_scaling(series[:split])
 
-    result = train_with(model, lambda epoch: [series[:split]], lambda part: model.loss(part)[0], setting, folder, tell)
+    passes = [series[:split]] * setting.passes
+    result = train_with(model, lambda epoch: passes, lambda part: model.loss(part)[0], setting, folder, tell)
     if "stopped" in result:
         return result
     most = max(setting.steps)
