@@ -410,13 +410,17 @@ def draw_heat_map(panel: Any, rows: list[Result]) -> None:
 
 
 def draw_forecast(panel: Any, row: Result) -> None:
-    """Draws a series and what was forecast of it, each value so many steps ahead of what was known."""
+    """Draws the start of what was forecast of a series, each value so many steps ahead of what was known."""
     curves = row["curves"]
     split = curves["split"]
-    panel.plot(curves["series"], color="0.8", label="measured")
+    begin, end = max(split - 60, 0), split + 340
+    panel.plot(
+        range(begin, min(end, len(curves["series"]))), curves["series"][begin:end], color="0.7", label="measured"
+    )
     for step, values in curves["steps"].items():
         first = split + int(step) - 1
-        panel.plot(range(first, first + len(values)), values, linewidth=0.9, label=f"{step} ahead")
+        shown = values[: end - first]
+        panel.plot(range(first, first + len(shown)), shown, linewidth=1.0, label=f"{step} ahead")
     panel.axvline(split, color="0.5", linestyle=":")
     panel.set_title(row["name"], fontsize="small")
     panel.legend(fontsize="x-small", ncols=5)
