@@ -346,7 +346,7 @@ def start_run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> t
     return device, DTYPES[options.dtype], torch.get_num_threads()
 
 
-def make_output_folder(parser: argparse.ArgumentParser, folder: Path) -> Path:
+def make_output_folder(parser: argparse.ArgumentParser, folder: Path, option: str = "--output") -> Path:
     """Creates the folder and proves that it can be written, before any work is done for it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -354,5 +354,5 @@ def make_output_folder(parser: argparse.ArgumentParser, folder: Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        parser.error(f"--output {folder}: cannot be written ({error})")
+        parser.error(f"{option} {folder}: cannot be written ({error})")
     return folder
