@@ -145,23 +145,24 @@ def check_agreement(ours: Any, theirs: Any, input: torch.Tensor) -> None:
             )
 
 
-def make_call(layer: Any, mode: str, input: torch.Tensor, grad_output: torch.Tensor) -> Callable[[], None]:
-    """Returns the call that is timed."""
+def make_call(layer: Any, mode: str, input: torch.Tensor, grad_output: torch.Tensor) -> Callable[[], Any]:
+    """Returns the call that is timed. It gives what the layer gives; in training the output and the input's leaf."""
     if mode == "inference":
 
-        def infer() -> None:
+        def infer() -> Any:
             with torch.inference_mode():
-                layer(input)
+                return layer(input)
 
         return infer
 
     leaf = input.detach().clone().requires_grad_()
 
-    def train() -> None:
+    def train() -> tuple[torch.Tensor, torch.Tensor]:
         layer.zero_grad(set_to_none=True)
         leaf.grad = None
         output, _ = layer(leaf)
         output.backward(grad_output)
+        return output, leaf
 
     return train
 

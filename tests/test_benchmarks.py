@@ -29,7 +29,9 @@ layers = importlib.import_module("layers")
 language_model = importlib.import_module("language_model")
 features = importlib.import_module("features")
 heads = importlib.import_module("heads")
+memory = importlib.import_module("memory")
 readme_table = importlib.import_module("readme_table")
+scaling = importlib.import_module("scaling")
 transforms = importlib.import_module("transforms")
 
 SMALL = cases.Case("small", 5, 3, 4, 6, 2, 2, "made up for the tests")
@@ -153,6 +155,36 @@ def test_interleave_repeats_short_calls_within_a_turn(clock):
     paired = measure.interleave(counted, clock.spend(1.0), 0.0, CPU)
     assert calls >= paired.pairs * 1000
     assert math.isclose(paired.ours, 2.0**-20)
+
+
+def test_all_take_turns(clock):
+    """Each begins a round in its turn, and every ratio is to the first."""
+    order = []
+
+    def turn(name, seconds):
+        def take():
+            order.append(name)
+            return clock.spend(seconds)() or seconds
+
+        return take
+
+    times = measure.take_turns([turn("a", 1.0), turn("b", 2.0), turn("c", 0.5)], 1e9)
+    assert order[:9] == list("abcbcacab")
+    assert times == [(1.0, 2.0, 0.5)] * 15, "times that never vary are settled as soon as they may be"
+    assert [measure.pair(times, other).ratio for other in (1, 2)] == [2.0, 0.5]
+
+
+def test_a_turn_is_prepared_outside_the_clock(clock):
+    events = []
+
+    def call():
+        events.append("call")
+        clock.spend(0.25)()
+
+    turn = measure.make_turn(call, CPU, 1.0, lambda: events.append("prepare"))
+    events.clear()
+    assert turn() == 0.25
+    assert events == ["prepare", *["call"] * 5], "one call that is not timed, then four of a quarter of a second"
 
 
 def test_quartiles():
@@ -293,7 +325,7 @@ def test_no_time_for_a_wrong_result(monkeypatch, tmp_path, capsys):
 # Arguments
 
 
-@pytest.mark.parametrize("script", [layers, language_model, features, heads, readme_table, transforms])
+@pytest.mark.parametrize("script", [layers, language_model, features, heads, memory, readme_table, scaling, transforms])
 def test_help(script, capsys):
     with pytest.raises(SystemExit) as status:
         script.main(["--help"])
@@ -317,6 +349,12 @@ def test_help(script, capsys):
         (heads, ["--questions", "why"], "invalid choice: 'why'"),
         (heads, ["--output", __file__], "cannot be written"),
         (transforms, ["--output", __file__], "cannot be written"),
+        (memory, ["--cells", "gur"], "no cell 'gur'; choose from"),
+        (memory, ["--cases", "huge"], "no case 'huge'; choose from"),
+        (memory, ["--output", __file__], "cannot be written"),
+        (scaling, ["--cells", "gur"], "no cell 'gur'; choose from"),
+        (scaling, ["--threads", "1", "4096"], "--threads: 4096 is more than the"),
+        (scaling, ["--output", __file__], "cannot be written"),
         (language_model, ["--cell", "gur"], "no cell 'gur'; choose from"),
         (language_model, ["--corpus", "moby-dick"], "'moby-dick' is neither a file nor one of the known corpora"),
         (language_model, ["--steps", "none"], "invalid positive_int value: 'none'"),
@@ -378,7 +416,7 @@ def test_peak_memory_is_that_of_the_call():
         kept.append(torch.ones(50, 1 << 18))  # 50 MiB
         kept.clear()
 
-    peak = heads.peak_megabytes(call)
+    peak = measure.peak_megabytes(call)
     if peak is None:
         pytest.skip("the system does not tell the highest resident size")
     assert 45 < peak < 70

@@ -1,8 +1,8 @@
 """The GPU drivers on the CPU, over the emulated device of ``tests/cuda_emulation``, through the ordinary operators.
 
 What it shows: the logic of every kernel and schedule, with threads in many orders, against the reference. What it
-cannot show: memory fences, what the compiler for the device does, and time. The drivers are compiled here, by the compiler
-that built the extension: about half a minute.
+cannot show: memory fences, what the compiler for the device does, and time. The drivers are compiled here, which takes
+about half a minute.
 """
 
 import ctypes
@@ -23,6 +23,7 @@ from rnnfast import _C
 from rnnfast.reference import CELLS as REFERENCES
 
 SOURCE = Path(__file__).parent / "cuda_emulation" / "emulated.cpp"
+EMULATED = [name for name, cell in REFERENCES.items() if not cell.is_normalized]
 MAX_HIDDEN = 40  # of drawn sizes: each step of a resident kernel switches among all its threads many times
 
 
@@ -119,27 +120,20 @@ def check(emulation: Emulation, call: Call, device: Device, seed: int = 0) -> No
         assert_as_accurate(ours, evaluate(call, call.reference()), exact)
 
 
-@pytest.fixture
-def emulated_cell(cell: str) -> str:
-    """Every cell that the GPU drivers have."""
-    if REFERENCES[cell].is_normalized:
-        pytest.skip("layer normalization has no GPU kernels")
-    return cell
-
-
+@pytest.mark.parametrize("name", EMULATED)
 @given(data=st.data())
-def test_agrees(emulation, emulated_cell, data):
+def test_agrees(emulation, name, data):
     """Any call of any cell, in float64: the per-step schedule."""
-    case = data.draw(cases(emulated_cell))
+    case = data.draw(cases(name))
     call = case.call().with_grad(*case.leaves())
     check(emulation, call, DEVICES["hopper"])
 
 
-@pytest.mark.few_cells
+@pytest.mark.parametrize("name", [*TORCH_CELLS, "gru_reset_before", "lstm_coupled_peephole"])
 @given(data=st.data())
-def test_agrees_in_float32(emulation, cell, played, data):
+def test_agrees_in_float32(emulation, name, played, data):
     """Any call in float32: the schedule that the device has for it, with threads in any order."""
-    case = data.draw(cases(cell, expanded=False).filter(lambda case: case.H <= MAX_HIDDEN and case.I <= 8))
+    case = data.draw(cases(name, expanded=False).filter(lambda case: case.H <= MAX_HIDDEN and case.I <= 8))
     call = case.call(torch.float32).with_grad(*case.leaves())
     check(emulation, call, played, data.draw(st.integers(0, 2**32)))
 
@@ -237,3 +231,12 @@ def test_torchs_own_error(emulation):
     emulation.play(DEVICES["hopper"], seed=1)
     ours = evaluate(call, call.op())
     assert_as_accurate(ours, evaluate(call, torch_op("gru")), exact_results(call))
+
+
+@pytest.mark.parametrize("name", [name for name in REFERENCES if name not in EMULATED])
+def test_refused(emulation, name):
+    """A cell without GPU kernels is refused by name."""
+    call = Case(name).call(torch.float32)
+    emulation.play(DEVICES["hopper"])
+    with pytest.raises(RuntimeError, match=f"{name}: input: expected a tensor on the CPU: this cell has no kernels"):
+        call(call.op())

@@ -180,8 +180,9 @@ def test_cells_without_a_node_are_refused(options):
     check_refused(Model(rnnfast.GRU(I, H, **options)), "ONNX has no node for this cell")
 
 
-def test_a_coupled_lstm_is_refused():
-    check_refused(Model(rnnfast.LSTM(I, H, coupled=True)), "lstm_coupled: ONNX has no node for this cell")
+@pytest.mark.parametrize("option", ["coupled", "layer_norm"])
+def test_an_lstm_without_a_node_is_refused(option):
+    check_refused(Model(rnnfast.LSTM(I, H, **{option: True})), f"lstm_{option}: ONNX has no node for this cell")
 
 
 def test_return_cells_is_refused():

@@ -32,6 +32,7 @@ struct SequenceBackward : WeightGradients<Cell, T> {
   using Base::hidden_before;
   using Base::I;
   using Base::kEarlyGates;
+  using Base::kFirstOwnSlot;
   using Base::kGates;
   using Base::kLanes;
   using Base::kLateGates;
@@ -93,7 +94,6 @@ struct SequenceBackward : WeightGradients<Cell, T> {
   // cell with norms dgates of the products are left to backward_rows, which also prepares it.
   void backward_cells(const Scratch& s, int64_t t0, int64_t t, int64_t j0, int64_t j1, int64_t v0, int64_t v1) const {
     for (int64_t j = j0; j < min(j1, p.active[t]); ++j) {
-      constexpr int kFirst = Cell::kNorms > 0 ? 2 * kGates : 0;
       T* dgates = chunk_gates(s, t0, t, j);
       const T* gates = Cell::kNorms == 3 ? dgates : p.gates + row(t, j) * gate_row;
       const T* h_prev = Cell::kHidden == Hidden::kSaved ? hidden_before(s, t, j, nullptr) : nullptr;
@@ -110,7 +110,7 @@ struct SequenceBackward : WeightGradients<Cell, T> {
         const int64_t u = v * kLanes;
         V slot[kSlots];
 #pragma GCC unroll 16
-        for (int i = kFirst; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
+        for (int i = kFirstOwnSlot; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
         V dh_v = load(dh + u), dc_v = Cell::kHasCell ? load(dc + u) : V{}, dh_prev;
         if (dy) dh_v += load_units(dy, u, H);
         if (dall_c) dc_v += load_units(dall_c, u, H);
@@ -128,7 +128,7 @@ struct SequenceBackward : WeightGradients<Cell, T> {
         if (keep_h) dh_prev += kept_dh;
         if (keep_c) dc_v += kept_dc;
 #pragma GCC unroll 16
-        for (int i = kFirst; i < kSlots; ++i) store(dgates + unit_offset(v, kSlots, i), slot[i]);
+        for (int i = kFirstOwnSlot; i < kSlots; ++i) store(dgates + unit_offset(v, kSlots, i), slot[i]);
         if (Cell::kHasCell) store(dc + u, dc_v);
         if (!projected) store(carried + u, dh_prev);
       }
@@ -151,11 +151,11 @@ struct SequenceBackward : WeightGradients<Cell, T> {
         for (int64_t v = 0; v < unit_vectors; ++v) {
           V slot[kSlots], w[kVectors + 1];
 #pragma GCC unroll 16
-          for (int i = 2 * kGates; i < kSlots; ++i) slot[i] = load(dgates + unit_offset(v, kSlots, i));
+          for (int i = kFirstOwnSlot; i < kSlots; ++i) slot[i] = load(dgates + unit_offset(v, kSlots, i));
           load_vectors(s.vectors, v * kLanes, w);
           Cell::backward_normals(slot, w);
 #pragma GCC unroll 16
-          for (int i = 0; i < 2 * kGates; ++i) store(dgates + unit_offset(v, kSlots, i), slot[i]);
+          for (int i = 0; i < kFirstOwnSlot; ++i) store(dgates + unit_offset(v, kSlots, i), slot[i]);
         }
         for (int product = 0; product < 2; ++product) {
           const Slots<T> x{gates, kSlots, product * kGates};
@@ -172,13 +172,13 @@ struct SequenceBackward : WeightGradients<Cell, T> {
       const int64_t u = v * kLanes;
       V slot[kSlots], w[kVectors + 1], dh = load(s.dh + j * ld_p + u);
 #pragma GCC unroll 16
-      for (int i = 2 * kGates; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
+      for (int i = kFirstOwnSlot; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
       load_vectors(s.vectors, u, w);
       if (dy) dh += load_units(dy, u, H);
       if (keep_h) dh -= load_units(keep_h, u, H) * dh;
       store(s.dc_made + j * ld_h + u, Cell::backward_output(slot, of_c.normal(slot[Cell::kC]), dh, w));
 #pragma GCC unroll 16
-      for (int i = 2 * kGates; i < kSlots; ++i) store(dgates + unit_offset(v, kSlots, i), slot[i]);
+      for (int i = kFirstOwnSlot; i < kSlots; ++i) store(dgates + unit_offset(v, kSlots, i), slot[i]);
     }
   }
 

@@ -23,6 +23,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
   using Base::H;
   using Base::I;
   using Base::kEarlyGates;
+  using Base::kFirstOwnSlot;
   using Base::kGates;
   using Base::kLanes;
   using Base::kLateGates;
@@ -234,8 +235,6 @@ struct SequenceForward : SequenceLayout<Cell, T> {
       if (output) store_units(output, u, H, h);
       if (hidden) store(hidden + u, h);
     };
-    // A cell with norms keeps its products as they are.
-    constexpr int kFirst = Cell::kNorms > 0 ? 2 * kGates : 0;
     Moments<T> of[2] = {};
     if constexpr (Cell::kNorms > 0)
       of[0] = moments<kGates>(Slots<T>{gates, kSlots, Cell::kInput}, H),
@@ -246,7 +245,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
 #pragma GCC unroll 16
       for (int i = 0; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
 #pragma GCC unroll 16
-      for (int i = 0; i < kFirst; ++i) slot[i] = of[i / kGates].normal(slot[i]);
+      for (int i = 0; i < kFirstOwnSlot; ++i) slot[i] = of[i / kGates].normal(slot[i]);
       V h, c{}, w[kVectors + 1];
       load_vectors(s.vectors, u, w);
       Cell::forward(slot, Cell::kHidden == Hidden::kSaved ? load(h_prev + u) : V{},
@@ -257,14 +256,14 @@ struct SequenceForward : SequenceLayout<Cell, T> {
       if (all_c) store_units(all_c, u, H, c);
       if (!p.training && Cell::kNorms < 3) continue;
 #pragma GCC unroll 16
-      for (int i = kFirst; i < kSlots; ++i) store(gates + unit_offset(v, kSlots, i), slot[i]);
+      for (int i = kFirstOwnSlot; i < kSlots; ++i) store(gates + unit_offset(v, kSlots, i), slot[i]);
       if (Cell::kHasCell && p.training) store(p.cells + row(t, j) * ld_h + u, c);
     }
     if constexpr (Cell::kNorms == 3) {
       const Moments<T> of_c = moments<1>(Slots<T>{gates, kSlots, Cell::kC}, H);
       for (int64_t v = v0; v < v1; ++v) {
         V slot[kSlots], w[kVectors + 1];
-        for (int i = kFirst; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
+        for (int i = kFirstOwnSlot; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
         load_vectors(s.vectors, v * kLanes, w);
         put(v * kLanes, Cell::output(slot, of_c.normal(slot[Cell::kC]), w));
       }

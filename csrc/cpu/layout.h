@@ -62,6 +62,9 @@ struct SequenceLayout {
   // The recurrent gates that take their product of h, and those that take it later (see cells.h): [begin, count).
   static constexpr int kLateGates = Cell::kLateGates, kEarlyGates = kGates - kLateGates;
   static constexpr int kVectors = Cell::kPeepholes + Cell::kGains;  // of weights by unit: w of the cell
+  // The first slot that the cell writes: with norms the products before it stay as they are, and it reads their
+  // normals.
+  static constexpr int kFirstOwnSlot = Cell::kNorms > 0 ? 2 * kGates : 0;
   // Between the panel's vectors in a row of gates.
   static constexpr int64_t kPanelStride = kGates == 1 ? kLanes : kUnits;
   static_assert(kPanelVectors <= kMaxPanel && kSlots >= kGates, "a panel of gates must fit a tile");

@@ -24,6 +24,7 @@ struct WeightGradients : SequenceLayout<Cell, T> {
   using Base::I;
   using Base::is_reset;
   using Base::kEarlyGates;
+  using Base::kFirstOwnSlot;
   using Base::kGates;
   using Base::kLanes;
   using Base::kLateGates;
@@ -370,7 +371,7 @@ struct WeightGradients : SequenceLayout<Cell, T> {
           }
           if constexpr (Cell::kNorms > 0) {
             const Moments<T>* of = s.moments + (r + i) * Cell::kNorms;
-            for (int q = 0; q < 2 * kGates; ++q) slot[q] = of[q / kGates].normal(slot[q]);
+            for (int q = 0; q < kFirstOwnSlot; ++q) slot[q] = of[q / kGates].normal(slot[q]);
             if constexpr (Cell::kNorms == 3) slot[Cell::kC] = of[2].normal(slot[Cell::kC]);
             Cell::backward_gains(slot, dslot, sum);
           }
