@@ -154,8 +154,9 @@ Call::Call(int index, RNNFAST_ARGUMENTS)
   const bool is_native =
       (dtype_ == at::kHalf && table_.f16[index].forward) || (dtype_ == at::kBFloat16 && table_.bf16[index].forward);
   storage_ = is_native ? dtype_ : compute_;
-  TORCH_CHECK(compute_ == at::kDouble ? table_.f64[index].forward : table_.f32[index].forward, what("input"),
-              "expected a tensor on the CPU: this cell has no kernels for ", device_);
+  const bool has_kernels =
+      compute_ == at::kDouble ? table_.f64[index].forward != nullptr : table_.f32[index].forward != nullptr;
+  TORCH_CHECK(has_kernels, what("input"), "expected a tensor on the CPU: this cell has no kernels for ", device_);
   input_ = is_tokens_ ? input.contiguous() : rows(input);
   h0_ = dense(h0), c0_ = dense(c0);
   weight_ih_ = dense(weight_ih), weight_hh_ = dense(weight_hh);
