@@ -1,4 +1,5 @@
-// The Python module rnnfast._C: what the dispatcher cannot carry. Introspection and the instruction-set switch.
+// The Python module rnnfast._C: what the dispatcher cannot carry. Introspection, the instruction-set switch and the
+// stateful Decoder (decoder.cpp).
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
@@ -6,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "decoder.h"
 #include "sequence.h"
 
 namespace py = pybind11;
@@ -129,6 +131,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_isa", &set_isa_or_raise, py::arg("name"));
   m.def("explain", &explain, py::arg("cell"), py::arg("T"), py::arg("N"), py::arg("I"), py::arg("H"), py::arg("P"),
         py::arg("dtype"), py::arg("training"), py::arg("threads"));
+  bind_decoder(m);
 }
 
 }  // namespace rnnfast

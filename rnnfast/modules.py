@@ -42,6 +42,7 @@ _CELL_OF_GRU = {
     (True, "update"): "gru_update",
 }
 _OPTIONS = ("reset_after", "gates", "peephole", "coupled", "zoneout", "recurrent_dropout")  # that torch.nn has not
+_ALL_OPTIONS = (*_OPTIONS, "recompute")  # with that which changes no result
 
 
 class _Kernel(NamedTuple):
@@ -195,8 +196,8 @@ def _run_layers(
     with one state, None, and with ``return_cells`` the last layer's c of all steps, last dimension ``D*H``, else None.
     """
     op, all_c_op, num_gates, num_peepholes = _KERNELS[layer._variant or layer.mode]
-    is_special = num_peepholes or layer.zoneout or layer.recurrent_dropout
-    extras: tuple[Tensor | None, ...] = ()
+    is_special = num_peepholes or layer.zoneout or layer.recurrent_dropout or layer.recompute
+    extras: tuple[Any, ...] = ()
     gate_size = num_gates * layer.hidden_size
     directions = 2 if layer.bidirectional else 1
     dropout = layer.dropout if layer.training else 0.0
@@ -236,10 +237,8 @@ def _run_layers(
     return steps, torch.stack(h_ns), None if all_c_op is None else torch.stack(c_ns), all_cells
 
 
-def _extras(
-    layer: _Layer, d: int, steps: Tensor, batch_sizes: Tensor | None, weight_hh: Tensor
-) -> tuple[Tensor | None, ...]:
-    """What plain calls do not have: weight_ch, recurrent_mask, zoneout_h and zoneout_c of direction ``d`` of all.
+def _extras(layer: _Layer, d: int, steps: Tensor, batch_sizes: Tensor | None, weight_hh: Tensor) -> tuple[Any, ...]:
+    """What plain calls do not have: weight_ch, recurrent_mask, zoneout_h, zoneout_c, recompute; of direction ``d``.
 
     Masks are drawn from torch's generator, first that of recurrent dropout, then of h, then of c.
     """
@@ -262,7 +261,7 @@ def _extras(
             masks.append(weight_hh.new_empty(shape).bernoulli_(probability))
         else:
             masks.append(weight_hh.new_full(shape[-1:], probability).expand(shape))
-    return weight_ch, recurrent_mask, *masks
+    return weight_ch, recurrent_mask, *masks, layer.recompute
 
 
 def _zoneouts(layer: Any) -> tuple[float, float]:
@@ -662,6 +661,7 @@ def _as_stock(module: torch.nn.Module, stock: type[_Module]) -> _Module:
         {
             name: copy.copy(value) if isinstance(value, (dict, list, set)) else value
             for name, value in vars(module).items()
+            if name != "recompute"
         }
     )
     return twin
@@ -670,10 +670,16 @@ def _as_stock(module: torch.nn.Module, stock: type[_Module]) -> _Module:
 # --- The cells that torch.nn has not ----------------------------------------------------------------------------------
 
 
-def _options_beyond_torch(module: torch.nn.Module) -> str:
+def _options_beyond_torch(module: torch.nn.Module, names: Sequence[str] = _OPTIONS) -> str:
     """What a module has that torch.nn cannot express, as it would be said to the constructor; empty for nothing."""
-    given = {name: vars(module)[name] for name in _OPTIONS if name in vars(module)}
+    given = {name: vars(module)[name] for name in names if name in vars(module)}
     return ", ".join(f"{name}={value!r}" for name, value in given.items() if value != getattr(type(module), name))
+
+
+def _set_recompute(layer: _Layer, recompute: Any) -> None:
+    if not isinstance(recompute, bool):
+        raise TypeError(f"{_kind(layer.mode)}: recompute should be of type bool, got: {type(recompute).__name__}")
+    _set_options(layer, recompute=recompute)
 
 
 def _probability(kind: str, name: str, value: Any) -> float:
@@ -762,6 +768,8 @@ class RNN(torch.nn.RNN):
             al., arXiv:1606.01305, 2016).
         recurrent_dropout: probability of dropping a unit of h where it enters the recurrent product, in training, by
             one mask for all steps of a sequence, a new one at each call (Gal and Ghahramani, arXiv:1512.05287, 2016).
+        recompute: save the state between parts of the sequence only, and in the backward pass run each part's forward
+            again: the same numbers for less memory and a quarter to a third more time.
 
     Call with input ``[T, N, I]``, ``[T, I]`` or a PackedSequence, and hx ``[L*D, N, H]`` (``[L*D, H]`` for 2-D input)
     or None for zeros. Gives output ``[T, N, D*H]`` (``[T, D*H]``; a PackedSequence) and h_n in the shape of hx.
@@ -773,7 +781,8 @@ class RNN(torch.nn.RNN):
     (its initial ones for length 0), and the reverse direction starts there; what the input holds past it is not read.
 
     Inference saves nothing for the backward pass. Training saves, besides arguments and outputs, 1 number per step,
-    sequence and unit in the accumulating dtype (4 bytes; 8 in float64).
+    sequence and unit in the accumulating dtype (4 bytes; 8 in float64). With ``recompute`` it
+    saves the state every 8 steps (more steps with fewer than 64 sequences).
 
     Raises:
         ValueError: input of the wrong rank, or of another dtype than the weights; resets or lengths of the wrong shape,
@@ -785,12 +794,21 @@ class RNN(torch.nn.RNN):
     # Set on the object where they are not these, so that a converted layer and its pickles are torch.nn's.
     zoneout: float = 0.0
     recurrent_dropout: float = 0.0
+    recompute: bool = False
     _variant: str | None = None
 
-    def __init__(self, *args: Any, zoneout: float = 0.0, recurrent_dropout: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        recompute: bool = False,
+        **kwargs: Any,
+    ) -> None:
         _TorchRNN.__init__(self, *args, **kwargs)
         if zoneout or recurrent_dropout:
             _set_masks(self, zoneout, recurrent_dropout)
+        _set_recompute(self, recompute)
 
     @overload
     def forward(
@@ -804,7 +822,7 @@ class RNN(torch.nn.RNN):
 
     def extra_repr(self) -> str:
         """Show torch's options, and ours where they are not the default."""
-        return ", ".join(filter(None, (_TorchRNN.extra_repr(self), _options_beyond_torch(self))))
+        return ", ".join(filter(None, (_TorchRNN.extra_repr(self), _options_beyond_torch(self, _ALL_OPTIONS))))
 
     def to_torch(self) -> torch.nn.RNN:
         """Give the torch.nn.RNN that shares parameters and hooks; methods of a subclass stay behind."""
@@ -852,6 +870,8 @@ class GRU(torch.nn.GRU):
             al., arXiv:1606.01305, 2016).
         recurrent_dropout: probability of dropping a unit of h where it enters a recurrent product, in training, by one
             mask for all steps of a sequence, a new one at each call (Gal and Ghahramani, arXiv:1512.05287, 2016).
+        recompute: save the state between parts of the sequence only, and in the backward pass run each part's forward
+            again: the same numbers for less memory and a quarter to a third more time.
 
     Call with input ``[T, N, I]``, ``[T, I]`` or a PackedSequence, and hx ``[L*D, N, H]`` (``[L*D, H]`` for 2-D input)
     or None for zeros. Gives output ``[T, N, D*H]`` (``[T, D*H]``; a PackedSequence) and h_n in the shape of hx.
@@ -864,7 +884,8 @@ class GRU(torch.nn.GRU):
 
     Inference saves nothing for the backward pass. Training saves, besides arguments and outputs, 5 numbers per step,
     sequence and unit in the accumulating dtype (20 bytes; 40 in float64): three gates, the recurrent part of the
-    candidate, the state; 4 with ``reset_after=False``, 3 with one gate.
+    candidate, the state; 4 with ``reset_after=False``, 3 with one gate. With ``recompute`` it saves the state
+    every 8 steps (more steps with fewer than 64 sequences).
 
     Raises:
         ValueError: gates that are none of these, or that reset_after does not go with; input of the wrong rank, or of
@@ -879,6 +900,7 @@ class GRU(torch.nn.GRU):
     gates: str = "both"
     zoneout: float = 0.0
     recurrent_dropout: float = 0.0
+    recompute: bool = False
     _variant: str | None = None
 
     def __init__(
@@ -888,6 +910,7 @@ class GRU(torch.nn.GRU):
         gates: str = "both",
         zoneout: float = 0.0,
         recurrent_dropout: float = 0.0,
+        recompute: bool = False,
         **kwargs: Any,
     ) -> None:
         cell = _gru_cell(reset_after, gates)
@@ -897,6 +920,7 @@ class GRU(torch.nn.GRU):
             _become(self, cell)
         if zoneout or recurrent_dropout:
             _set_masks(self, zoneout, recurrent_dropout)
+        _set_recompute(self, recompute)
 
     @overload
     def forward(
@@ -910,7 +934,7 @@ class GRU(torch.nn.GRU):
 
     def extra_repr(self) -> str:
         """Show torch's options, and ours where they are not the default."""
-        return ", ".join(filter(None, (_TorchGRU.extra_repr(self), _options_beyond_torch(self))))
+        return ", ".join(filter(None, (_TorchGRU.extra_repr(self), _options_beyond_torch(self, _ALL_OPTIONS))))
 
     def to_torch(self) -> torch.nn.GRU:
         """Give the torch.nn.GRU that shares parameters and hooks; methods of a subclass stay behind."""
@@ -962,6 +986,8 @@ class LSTM(torch.nn.LSTM):
             al., arXiv:1606.01305, 2016). A pair is that of h and that of c. Not with proj_size.
         recurrent_dropout: probability of dropping a unit of h where it enters the recurrent product, in training, by
             one mask for all steps of a sequence, a new one at each call (Gal and Ghahramani, arXiv:1512.05287, 2016).
+        recompute: save the state between parts of the sequence only, and in the backward pass run each part's forward
+            again: the same numbers for less memory and a quarter to a third more time.
 
     Call with input ``[T, N, I]``, ``[T, I]`` or a PackedSequence, and hx a pair (h_0 ``[L*D, N, P]``, c_0
     ``[L*D, N, H]``), without ``N`` for 2-D input, or None for zeros. Gives output ``[T, N, D*P]`` (``[T, D*P]``; a
@@ -978,7 +1004,8 @@ class LSTM(torch.nn.LSTM):
 
     Inference saves nothing for the backward pass. Training saves, besides arguments and outputs, 5 numbers per step,
     sequence and unit in the accumulating dtype (20 bytes; 40 in float64): four gates (three coupled) and the cell
-    state; with a projection also the projected state.
+    state; with a projection also the projected state. With ``recompute`` it saves h and c every 8 steps (more steps with
+    fewer than 64 sequences).
 
     Raises:
         ValueError: input of the wrong rank, or of another dtype than the weights; resets or lengths of the wrong shape,
@@ -992,6 +1019,7 @@ class LSTM(torch.nn.LSTM):
     coupled: bool = False
     zoneout: float | tuple[float, float] = 0.0
     recurrent_dropout: float = 0.0
+    recompute: bool = False
     _variant: str | None = None
 
     def __init__(
@@ -1001,6 +1029,7 @@ class LSTM(torch.nn.LSTM):
         coupled: bool = False,
         zoneout: float | tuple[float, float] = 0.0,
         recurrent_dropout: float = 0.0,
+        recompute: bool = False,
         **kwargs: Any,
     ) -> None:
         for name, value in (("peephole", peephole), ("coupled", coupled)):
@@ -1012,6 +1041,7 @@ class LSTM(torch.nn.LSTM):
             _become(self, f"lstm{'_coupled' * coupled}{'_peephole' * peephole}")
         if zoneout or recurrent_dropout:
             _set_masks(self, zoneout, recurrent_dropout)
+        _set_recompute(self, recompute)
 
     @overload
     def forward(
@@ -1049,7 +1079,7 @@ class LSTM(torch.nn.LSTM):
 
     def extra_repr(self) -> str:
         """Show torch's options, and ours where they are not the default."""
-        return ", ".join(filter(None, (_TorchLSTM.extra_repr(self), _options_beyond_torch(self))))
+        return ", ".join(filter(None, (_TorchLSTM.extra_repr(self), _options_beyond_torch(self, _ALL_OPTIONS))))
 
     def to_torch(self) -> torch.nn.LSTM:
         """Give the torch.nn.LSTM that shares parameters and hooks; methods of a subclass stay behind."""

@@ -65,9 +65,9 @@ class Call:
         return self.options | {name: self.tensors[name] for name in ("weight_ch",) if name in self.tensors}
 
     def everything(self) -> list[Any]:
-        """All sixteen arguments of the schema."""
+        """All arguments of the schema."""
         order: dict[str, Any] = {"batch_sizes": None, "lengths": None, "resets": None, "reverse": False}
-        order |= dict.fromkeys(("weight_ch", *MASKS))
+        order |= dict.fromkeys(("weight_ch", *MASKS)) | {"recompute": False}
         return [*self.positional(), *(order | self.keywords()).values()]
 
     def op(self) -> Callable[..., tuple[Tensor, ...]]:

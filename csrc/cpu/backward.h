@@ -175,7 +175,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
   }
 
   T* chunk_gates(const Scratch& s, int64_t t0, int64_t t, int64_t j) const {
-    return s.dgates + (row(t, j) - p.first_row[t0]) * gate_row;
+    return s.dgates + (row(t, j) - row(t0, 0)) * gate_row;
   }
 
   // For a projected cell: dh += doutput, kept for dW_hr; then dh_raw = dh W_hr, panels [panel0, panel1).
@@ -186,7 +186,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
         const T* dy = outside(p.doutput, t, j);
         for (int64_t u = 0; u < P; ++u) dh[u] += dy[u];
       }
-      copy(s.dprojected + (row(t, j) - p.first_row[t0]) * ld_p, dh, ld_p);
+      copy(s.dprojected + (row(t, j) - row(t0, 0)) * ld_p, dh, ld_p);
     }
   }
   void backward_projection(const Scratch& s, int64_t t, int64_t j0, int64_t j1, int64_t panel0, int64_t panel1) const {
@@ -348,7 +348,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
         copy(outside(p.h_prev, t[i], j[i]), recurrent_input(s, t[i], j[i], buffer), P);
         if (!projected) continue;
         copy(outside(p.dprojected, t[i], j[i]), s.dprojected + (r + i) * ld_p, P);
-        copy(outside(p.h_raw, t[i], j[i]), recompute_hidden(p.first_row[t0] + r + i, 0, unit_vectors, buffer), H);
+        copy(outside(p.h_raw, t[i], j[i]), recompute_hidden(row(t0, r + i), 0, unit_vectors, buffer), H);
       }
     });
   }
@@ -463,7 +463,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
       for (int64_t r = 0; r < rows; r += kPanelRows) {
         const int64_t n = min(kPanelRows, rows - r);
         for (int64_t i = 0; i < n; ++i)
-          copy(buffer + i * nr * kLanes, recompute_hidden(p.first_row[t0] + r + i, v0, v0 + nr, hidden) + v0 * kLanes,
+          copy(buffer + i * nr * kLanes, recompute_hidden(row(t0, r + i), v0, v0 + nr, hidden) + v0 * kLanes,
                nr * kLanes);
         accumulate(s, 0, P, s.dproj_t + r, n, nr, buffer, s.dw_hr + v0 * kLanes, ld_h);
       }
@@ -481,7 +481,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
           V sum[Cell::kPeepholes] = {};
           for (int64_t i = 0; i < n; ++i) {
             const T* dgates = s.dgates + (r + i) * gate_row;
-            const int64_t global = p.first_row[t0] + r + i;
+            const int64_t global = row(t0, r + i);
             const V before = load(c_prev[i] + v * kLanes);
             V after;
             if (p.keep_c.data) {
@@ -603,9 +603,8 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
     }
   }
 
-  void run() const {
-    const Scratch s(*this, p.scratch);
-    const int threads = p.plan.threads;
+  // What stays in the scratch from part to part: rearranged weights, and the sums of their gradients.
+  void start(const Scratch& s) const {
     if (p.dinput.data) pack_backward(p.w_ih, I, Cell::kInputGates, s.w_ih);
     pack_backward(p.w_hh, P, Cell::kRecurrentGates, s.w_hh, kEarlyGates);
     if constexpr (kLateGates > 0) pack_backward(p.w_hh, P, Cell::kRecurrentGates + kEarlyGates, s.w_late, kLateGates);
@@ -614,12 +613,8 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
         for (int64_t k = 0, nr = column_vectors(H, panel); k < P; ++k)
           pack_row(p.w_hr + k * H, H, first_column(H, panel), static_cast<int>(nr),
                    s.w_hr + panel * column_panel_size(P) + k * nr * kLanes);
+    pack_peepholes(s.w_ch);
     zero(s.zeros, max(ld_h, ld_p));
-    if (projected) zero(s.dh_raw, N * ld_h);  // the padding past the last vector is read, never written
-    load_state(p.h0, P, s.h0, 0, N);
-    load_state(p.dh_n, P, s.dh, 0, N);
-    if (Cell::kHasCell) load_state(p.c0, H, s.c0, 0, N), load_state(p.dc_n, H, s.dc, 0, N);
-    const bool weights = p.dw_ih || p.dw_hh || p.db_ih || p.db_hh;
     if (p.plan.packed) {
       const int64_t width = gate_panels * kPanelWidth;
       if (p.dw_ih) zero(s.dw_ih, I * width);
@@ -628,8 +623,30 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
       zero(s.db_hh, width);
     }
     if (p.dw_hr) zero(s.dw_hr, P * ld_h);
-    pack_peepholes(s.w_ch);
     zero(s.dw_ch, Cell::kPeepholes * ld_h);
+  }
+  void store_sums(const Scratch& s) const {
+    if (p.plan.packed) {
+      unpack_gates(s.dw_ih, I, Cell::kInputGates, p.dw_ih);
+      unpack_gates(s.dw_hh, P, Cell::kRecurrentGates, p.dw_hh);
+      unpack_gates(s.db_ih, 1, Cell::kInputGates, p.db_ih);
+      unpack_gates(Cell::kInput == Cell::kRecurrent ? s.db_ih : s.db_hh, 1, Cell::kRecurrentGates, p.db_hh);
+    }
+    if (p.dw_ch)
+      for (int64_t k = 0; k < Cell::kPeepholes; ++k) copy(p.dw_ch + k * H, s.dw_ch + k * ld_h, H);
+    if (p.dw_hr)
+      for (int64_t i = 0; i < P; ++i) copy(p.dw_hr + i * H, s.dw_hr + i * ld_h, H);
+  }
+
+  void run() const {
+    const Scratch s(*this, p.scratch);
+    const int threads = p.plan.threads;
+    if (p.is_first_part) start(s);
+    if (projected) zero(s.dh_raw, N * ld_h);  // the padding past the last vector is read, never written
+    load_state(p.h0, P, s.h0, 0, N);
+    load_state(p.dh_n, P, s.dh, 0, N);
+    if (Cell::kHasCell) load_state(p.c0, H, s.c0, 0, N), load_state(p.dc_n, H, s.dc, 0, N);
+    const bool weights = p.dw_ih || p.dw_hh || p.db_ih || p.db_hh;
     if (p.recurrent_mask) load_state(p.recurrent_mask, P, s.mask, 0, N);
 
     for (int64_t s1 = T_; s1 > 0;) {
@@ -672,16 +689,7 @@ struct SequenceBackward : SequenceLayout<Cell, T> {
 
     store_state(s.dh, P, p.dh0, 0, N);
     if (Cell::kHasCell) store_state(s.dc, H, p.dc0, 0, N);
-    if (p.plan.packed) {
-      unpack_gates(s.dw_ih, I, Cell::kInputGates, p.dw_ih);
-      unpack_gates(s.dw_hh, P, Cell::kRecurrentGates, p.dw_hh);
-      unpack_gates(s.db_ih, 1, Cell::kInputGates, p.db_ih);
-      unpack_gates(Cell::kInput == Cell::kRecurrent ? s.db_ih : s.db_hh, 1, Cell::kRecurrentGates, p.db_hh);
-    }
-    if (p.dw_ch)
-      for (int64_t k = 0; k < Cell::kPeepholes; ++k) copy(p.dw_ch + k * H, s.dw_ch + k * ld_h, H);
-    if (p.dw_hr)
-      for (int64_t i = 0; i < P; ++i) copy(p.dw_hr + i * H, s.dw_hr + i * ld_h, H);
+    if (p.is_last_part) store_sums(s);
   }
 };
 
