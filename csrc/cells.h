@@ -24,6 +24,8 @@
 //                                    more
 //   kHasResident                     a GPU keeps its recurrent weights near the processors (cuda/resident.h), at the
 //                                    price of many kernels to compile
+//   kNorms                           how many parts of the slots are normalized before the cell reads them (LayerNorm)
+//   kGains                           vectors of H weights of a cell with norms: its w
 #pragma once
 
 #ifdef RNNFAST_DEVICE
@@ -43,7 +45,7 @@ enum class Hidden {
 
 // What most cells have none of.
 struct Common {
-  static constexpr int kLateGates = 0, kPeepholes = 0;
+  static constexpr int kLateGates = 0, kPeepholes = 0, kNorms = 0, kGains = 0;
   static constexpr bool kHasResident = false;
 };
 
@@ -242,10 +244,24 @@ struct LSTM : Common {
   // dc: the gradient of c' from later steps on entry, that of c on exit.
   template <typename V>
   RNNFAST_FUNCTION static void backward(V (&slot)[kSlots], V, V c_prev, V c, V dh, V& dc, V& dh_prev, const V* w) {
-    const V i = slot[kI], g = slot[kG], o = slot[kO];
-    const V tanh_c = tanh(c);
+    backward_output(slot, c, dh, dc);
+    backward_cell(slot, c_prev, dc, w);
+    dh_prev = V{};
+  }
+
+  // o's part, and what reaches c' through h'.
+  template <typename V>
+  RNNFAST_FUNCTION static void backward_output(V (&slot)[kSlots], V c, V dh, V& dc) {
+    const V o = slot[kO], tanh_c = tanh(c);
     slot[kO] = dh * tanh_c * (o * (1 - o));
-    V dc_total = dc + dh * o * (1 - tanh_c * tanh_c);
+    dc += dh * o * (1 - tanh_c * tanh_c);
+  }
+
+  // The others' from the whole gradient of c', which becomes that of c.
+  template <typename V>
+  RNNFAST_FUNCTION static void backward_cell(V (&slot)[kSlots], V c_prev, V& dc, const V* w) {
+    const V i = slot[kI], g = slot[kG];
+    V dc_total = dc;
     if constexpr (kPeephole) dc_total += slot[kO] * w[kPeepholes - 1];
     if constexpr (kCoupled) {
       slot[kI] = dc_total * (g - c_prev) * (i * (1 - i));
@@ -259,7 +275,104 @@ struct LSTM : Common {
     }
     if constexpr (kPeephole) dc += slot[kI] * w[0];
     slot[kG] = dc_total * i * (1 - g * g);
-    dh_prev = V{};
+  }
+};
+
+// Plain with layer normalization, LN(a) = (a - mean(a)) / sqrt(var(a) + 1e-5): in the place of its products come
+//   gain_ih * LN(W_ih x) + b_ih and gain_hh * LN(W_hh h) + b_hh, over the G*H numbers of each,
+// and for an LSTM h' = o * tanh(gain_c * LN(c') + b_c), over its H numbers.
+// Ba et al. 2016; the LSTM is theirs. Of the GRU they normalize the candidate apart from the gates; here each product
+// is normalized whole, as in the LSTM and in Haste 2020.
+// Slots: W_ih x | W_hh h | those of Plain | of an LSTM c'. The driver takes the statistics and gives the cell the
+// normals of the products. What goes with slot i is w[i]: the gain of a product's number, the bias of one of Plain's;
+// the last two of an LSTM are gain_c and b_c.
+template <typename Plain>
+struct LayerNorm : Common {
+  static constexpr const char* kName = Plain::kHasCell ? "lstm_layer_norm" : "gru_layer_norm";
+  static constexpr const char* kSource =
+      Plain::kHasCell
+          ? "Ba et al. 2016, Layer normalization: both products, each over all gates, and c before the output"
+          : "Ba et al. 2016, Layer normalization, each product over all gates as in Haste 2020";
+  static constexpr int kGates = Plain::kGates, kPlain = 2 * kGates, kC = kPlain + Plain::kSlots;
+  static constexpr bool kHasCell = Plain::kHasCell;
+  static constexpr int kSlots = kC + kHasCell, kInput = 0, kRecurrent = kGates;
+  static constexpr const int *kInputGates = Plain::kInputGates, *kRecurrentGates = Plain::kRecurrentGates;
+  static constexpr Hidden kHidden = Hidden::kSaved;
+  static constexpr int kNorms = 2 + kHasCell, kGains = kC + 2 * kHasCell;
+  // Where the products meet Plain's slots.
+  static constexpr int kMeetInput = kPlain + Plain::kInput, kMeetRecurrent = kPlain + Plain::kRecurrent;
+
+  // Runs f on Plain's slots.
+  template <typename V, typename F>
+  RNNFAST_FUNCTION static void as_plain(V (&slot)[kSlots], F f) {
+    V plain[Plain::kSlots];
+    for (int s = 0; s < Plain::kSlots; ++s) plain[s] = slot[kPlain + s];
+    f(plain);
+    for (int s = 0; s < Plain::kSlots; ++s) slot[kPlain + s] = plain[s];
+  }
+
+  // From the normals of the products. An LSTM's h is left to `output`.
+  template <typename V>
+  RNNFAST_FUNCTION static void forward(V (&slot)[kSlots], V h_prev, V c_prev, V& h, V& c, const V* w) {
+    for (int s = kPlain; s < kC; ++s) slot[s] = w[s];
+    for (int q = 0; q < kGates; ++q) {
+      slot[kMeetInput + q] += w[q] * slot[q];
+      slot[kMeetRecurrent + q] += w[kGates + q] * slot[kGates + q];
+    }
+    as_plain(slot, [&](auto& plain) { Plain::forward(plain, h_prev, c_prev, h, c, w); });
+    if constexpr (kHasCell) slot[kC] = c;
+  }
+
+  // h' of an LSTM, from the normal of c'.
+  template <typename V>
+  RNNFAST_FUNCTION static V output(V (&slot)[kSlots], V normal, const V* w) {
+    V h;
+    as_plain(slot, [&](auto& plain) { h = Plain::output(plain, w[kC] * normal + w[kC + 1]); });
+    return h;
+  }
+  // Its backward: o's part in Plain's slots, and in slot kC the gradient of gain_c * normal + b_c. Returns the
+  // normal's.
+  template <typename V>
+  RNNFAST_FUNCTION static V backward_output(V (&slot)[kSlots], V normal, V dh, const V* w) {
+    slot[kC] = V{};
+    as_plain(slot, [&](auto& plain) { Plain::backward_output(plain, w[kC] * normal + w[kC + 1], dh, slot[kC]); });
+    return w[kC] * slot[kC];
+  }
+
+  // The gradients of Plain's slots; of an LSTM after backward_output, with the whole gradient of c'.
+  template <typename V>
+  RNNFAST_FUNCTION static void backward(V (&slot)[kSlots], V h_prev, V c_prev, V c, V dh, V& dc, V& dh_prev,
+                                        const V* w) {
+    as_plain(slot, [&](auto& plain) {
+      if constexpr (kHasCell)
+        Plain::backward_cell(plain, c_prev, dc, w), dh_prev = V{};
+      else
+        Plain::backward(plain, h_prev, c_prev, c, dh, dc, dh_prev, w);
+    });
+  }
+  // Then those of the normals of the products,
+  template <typename V>
+  RNNFAST_FUNCTION static void backward_normals(V (&slot)[kSlots], const V* w) {
+    for (int q = 0; q < kGates; ++q) {
+      slot[q] = w[q] * slot[kMeetInput + q];
+      slot[kGates + q] = w[kGates + q] * slot[kMeetRecurrent + q];
+    }
+  }
+  // and those of w, which are added to dw: from the normals (slot kC: of c') and the gradients of Plain's slots and kC.
+  template <typename V>
+  RNNFAST_FUNCTION static void backward_gains(const V (&normal)[kSlots], const V (&slot)[kSlots], V (&dw)[kGains]) {
+    for (int q = 0; q < kGates; ++q) {
+      dw[q] += slot[kMeetInput + q] * normal[q];
+      dw[kGates + q] += slot[kMeetRecurrent + q] * normal[kGates + q];
+    }
+    for (int s = kPlain; s < kC; ++s) dw[s] += slot[s];
+    if constexpr (kHasCell) dw[kC] += slot[kC] * normal[kC], dw[kC + 1] += slot[kC];
+  }
+
+  // c' once more.
+  template <typename V>
+  RNNFAST_FUNCTION static V next_cell(const V (&slot)[kSlots], V) {
+    return slot[kC];
   }
 };
 
@@ -269,7 +382,11 @@ struct LSTM : Common {
   X(RNN<false>)                  \
   X(PlainGRU)                    \
   X(PlainLSTM)                   \
-  X(GRUBefore<true>) X(ResetGRU) X(GRUBefore<false>) X(UpdateGRU) X(PeepholeLSTM) X(CoupledLSTM) X(PeepholeCoupledLSTM)
+  X(GRUBefore<true>)             \
+  X(ResetGRU)                    \
+  X(GRUBefore<false>)            \
+  X(UpdateGRU)                   \
+  X(PeepholeLSTM) X(CoupledLSTM) X(PeepholeCoupledLSTM) X(LayerNorm<PlainGRU>) X(LayerNorm<PlainLSTM>)
 using PlainGRU = GRU<true, true>;
 using ResetGRU = GRU<true, false>;
 using UpdateGRU = GRU<false, true>;

@@ -21,7 +21,8 @@ Members::Members(int index, RNNFAST_ARGUMENTS)
   };
   TORCH_CHECK_VALUE(count_ > 0, name, ": weight_ih: expected at least one member, got ", weight_ih.sizes());
   check("weight_hh", weight_hh, 3), check("weight_hr", weight_hr, 3);
-  check("bias_ih", bias_ih, 2), check("bias_hh", bias_hh, 2), check("weight_ch", weight_ch, 2);
+  check("bias_ih", bias_ih, 2), check("bias_hh", bias_hh, 2), check("weight_ch", weight_ch, 2),
+      check("weight_ln", weight_ln, 2);
   const int64_t dim = is_tokens_ ? -1 : -2;
   TORCH_CHECK_VALUE(input.dim() >= -dim && input.size(dim) % count_ == 0, name,
                     ": input: expected a number of sequences that E = ", count_, " members divide, got ",
@@ -51,8 +52,8 @@ Members::Members(int index, RNNFAST_ARGUMENTS)
                       ": batch_sizes: expected multiples of E = ", count_);
     batch_sizes_ = batch_sizes->floor_divide(count_);
   }
-  tensors_ = {input,     h0,        c0,      weight_ih, weight_hh,      bias_ih,   bias_hh,
-              weight_hr, weight_ch, lengths, resets,    recurrent_mask, zoneout_h, zoneout_c};
+  tensors_ = {input,     h0,        c0,      weight_ih, weight_hh,      bias_ih,   bias_hh,  weight_hr,
+              weight_ch, weight_ln, lengths, resets,    recurrent_mask, zoneout_h, zoneout_c};
 }
 
 SavingOutputsAllC Members::forward(bool save, bool with_all_c) const {
@@ -120,19 +121,24 @@ Tensor Members::interleave(const std::vector<Tensor>& parts) {
 
 template <typename F>
 void Members::each(bool backward, const F& run) const {
-  const auto& [input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, lengths, resets,
+  const auto& [input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, weight_ln, lengths, resets,
                recurrent_mask, zoneout_h, zoneout_c] = tensors_;
   const auto member = [&](int64_t e) {
     const auto own = [e](const MaybeTensor& t) { return has(t) ? MaybeTensor(t->select(0, e)) : std::nullopt; };
     return Call(index_, *every(input, is_tokens_ ? -1 : -2, e), every(h0, 0, e), every(c0, 0, e),
                 weight_ih->select(0, e), weight_hh->select(0, e), own(bias_ih), own(bias_hh), own(weight_hr),
                 batch_sizes_, every(lengths, 0, e), every(resets, 1, e), reverse_, own(weight_ch),
-                every(recurrent_mask, -2, e), every(zoneout_h, -2, e), every(zoneout_c, -2, e), recompute_);
+                every(recurrent_mask, -2, e), every(zoneout_h, -2, e), every(zoneout_c, -2, e), own(weight_ln),
+                recompute_);
   };
   const auto range = [&](int64_t begin, int64_t end) {
     at::AutoDispatchBelowADInplaceOrView below;  // other threads do not know where this one stands
     for (int64_t e = begin; e < end; ++e) run(e, member(e));
   };
+  if (!input->is_cpu()) {
+    range(0, count_);
+    return;
+  }
   // Whether threads pay: as if the rows of all members were those of one.
   const CellInfo& cell = drivers().cells[index_];
   const int threads = at::get_num_threads();

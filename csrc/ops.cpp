@@ -2,12 +2,13 @@
 //
 // For each cell four operators share one schema of inputs: `<cell>` (differentiable), `_<cell>_forward` (also returns
 // what backward needs), `_<cell>_backward` and `_<cell>_backward_factors` (per-sample gradients are made from these;
-// not for cells with late gates or peepholes, whose gradients are not such products).
+// not for cells with late gates, peepholes or norms, whose gradients are not such products).
 // One call is one layer in one direction over all steps. A cell with c has the first two once more, `<cell>_all_c` and
 // `_<cell>_all_c_forward`, which also return c of all steps. Checks and allocation are in call.cpp, those of stacked
 // weights in members.cpp. Fake kernels, the double backward and torch.func's transforms are registered from Python
 // (ops.py).
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -30,10 +31,10 @@ constexpr const char* kSchemaArguments =
     "Tensor input, Tensor? h0, Tensor? c0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
     "Tensor? weight_hr, Tensor? batch_sizes=None, Tensor? lengths=None, Tensor? resets=None, bool reverse=False, "
     "Tensor? weight_ch=None, Tensor? recurrent_mask=None, Tensor? zoneout_h=None, Tensor? zoneout_c=None, "
-    "bool recompute=False";
+    "Tensor? weight_ln=None, bool recompute=False";
 
 bool has_factors(const CellInfo& cell) {
-  return cell.late_gates == 0 && cell.peepholes == 0;
+  return cell.late_gates == 0 && cell.peepholes == 0 && cell.norm_vectors == 0;
 }
 
 // ---- dispatcher ----
@@ -43,6 +44,7 @@ using ForwardOp = SavingOutputs(RNNFAST_ARGUMENTS);
   const MaybeTensor &grad_output, const MaybeTensor &grad_h_n, const MaybeTensor &grad_c_n, RNNFAST_ARGUMENTS, \
       const Tensor &gates, const Tensor &cells, const Tensor &hidden, std::array<bool, kNumGradients> needs,   \
       const MaybeTensor &grad_all_c
+#define RNNFAST_BACKWARD_PASS grad_output, grad_h_n, grad_c_n, RNNFAST_PASS, gates, cells, hidden, needs, grad_all_c
 using BackwardOp = Gradients(RNNFAST_BACKWARD_ARGUMENTS);
 using CellOp = Outputs(RNNFAST_ARGUMENTS);
 using ForwardAllCOp = SavingOutputsAllC(RNNFAST_ARGUMENTS);
@@ -90,7 +92,8 @@ class Autograd : public torch::autograd::Function<Autograd> {
     const auto maybe = [](const MaybeTensor& t) { return has(t) ? *t : Tensor(); };
     ctx->save_for_backward({input, maybe(h0), maybe(c0), weight_ih, weight_hh, maybe(bias_ih), maybe(bias_hh),
                             maybe(weight_hr), maybe(batch_sizes), maybe(lengths), maybe(resets), gates, cells, hidden,
-                            maybe(weight_ch), maybe(recurrent_mask), maybe(zoneout_h), maybe(zoneout_c)});
+                            maybe(weight_ch), maybe(recurrent_mask), maybe(zoneout_h), maybe(zoneout_c),
+                            maybe(weight_ln)});
     ctx->saved_data["index"] = index;
     ctx->saved_data["reverse"] = reverse;
     ctx->saved_data["recompute"] = recompute;
@@ -105,23 +108,26 @@ class Autograd : public torch::autograd::Function<Autograd> {
     const auto maybe = [](const Tensor& t) { return t.defined() ? MaybeTensor(t) : std::nullopt; };
     // Only tensors that were given have an edge; edges are numbered in argument order.
     std::array<bool, kNumGradients> needs{};
-    constexpr int kLast = kNumGradients - 1, kSavedLast = 14;  // weight_ch, saved after hidden
+    constexpr int kPlain = 8;        // gradients, of the first arguments; then weight_ch and weight_ln
+    constexpr int kSavedExtra = 14;  // weight_ch, which is saved after hidden with all that follows it
     size_t edge = 0;
-    for (int i = 0; i < kLast; ++i)
-      if (saved[i].defined()) needs[i] = ctx->needs_input_grad(edge++);
-    for (int i = kLast; i < kLast + 3; ++i) edge += saved[i].defined();  // batch_sizes, lengths, resets
-    if (saved[kSavedLast].defined()) needs[kLast] = ctx->needs_input_grad(edge);
-    constexpr int kFirst = 2;               // index, with_all_c, then the arguments
-    constexpr int kPosition = kFirst + 12;  // of weight_ch
-    variable_list result(kFirst + 17);
+    const auto next = [&](int i) { return saved[i].defined() && ctx->needs_input_grad(edge++); };
+    for (int i = 0; i < kPlain; ++i) needs[i] = next(i);
+    for (int i = kPlain; i < kPlain + 3; ++i) next(i);  // batch_sizes, lengths, resets
+    needs[kPlain] = next(kSavedExtra);
+    for (int i = 1; i < 4; ++i) next(kSavedExtra + i);  // the masks
+    needs[kPlain + 1] = next(kSavedExtra + 4);
+    constexpr int kFirst = 2;  // index, with_all_c, then the arguments
+    variable_list result(kFirst + 18);
     if (std::none_of(grad.begin(), grad.end(), [](const Tensor& g) { return g.defined(); })) return result;
     const auto call = [&] {
       return Operators::of(ctx->saved_data["index"].toInt())
           .backward.call(maybe(grad[0]), maybe(grad[1]), maybe(grad[2]), saved[0], maybe(saved[1]), maybe(saved[2]),
                          saved[3], saved[4], maybe(saved[5]), maybe(saved[6]), maybe(saved[7]), maybe(saved[8]),
                          maybe(saved[9]), maybe(saved[10]), ctx->saved_data["reverse"].toBool(), maybe(saved[14]),
-                         maybe(saved[15]), maybe(saved[16]), maybe(saved[17]), ctx->saved_data["recompute"].toBool(),
-                         saved[11], saved[12], saved[13], needs, grad.size() > 3 ? maybe(grad[3]) : std::nullopt);
+                         maybe(saved[15]), maybe(saved[16]), maybe(saved[17]), maybe(saved[18]),
+                         ctx->saved_data["recompute"].toBool(), saved[11], saved[12], saved[13], needs,
+                         grad.size() > 3 ? maybe(grad[3]) : std::nullopt);
     };
     // With create_graph the call is itself differentiable (ops.py); else autograd is skipped.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below;
@@ -129,8 +135,9 @@ class Autograd : public torch::autograd::Function<Autograd> {
     const Gradients gradients = call();
     std::apply(
         [&](const auto&... g) {
+          constexpr int kPosition[kNumGradients] = {0, 1, 2, 3, 4, 5, 6, 7, 12, 16};
           int i = 0;
-          ((result[i < kLast ? kFirst + i : kPosition] = needs[i] ? g : Tensor(), ++i), ...);
+          ((result[kFirst + kPosition[i]] = needs[i] ? g : Tensor(), ++i), ...);
         },
         gradients);
     return result;
@@ -145,7 +152,7 @@ bool any_requires_grad(RNNFAST_ARGUMENTS) {
   return at::GradMode::is_enabled() &&
          (input.requires_grad() || requires_grad(h0) || requires_grad(c0) || weight_ih.requires_grad() ||
           weight_hh.requires_grad() || requires_grad(bias_ih) || requires_grad(bias_hh) || requires_grad(weight_hr) ||
-          requires_grad(weight_ch));
+          requires_grad(weight_ch) || requires_grad(weight_ln));
 }
 
 Outputs autograd_cell(int64_t index, RNNFAST_ARGUMENTS) {
@@ -167,8 +174,19 @@ OutputsAllC autograd_cell_all_c(int64_t index, RNNFAST_ARGUMENTS) {
 }
 
 SavingOutputsAllC run_forward(int index, bool save, bool with_all_c, RNNFAST_ARGUMENTS) {
+  const c10::DeviceGuard guard(input.device());
   if (weight_ih.dim() == 3) return Members(index, RNNFAST_PASS).forward(save, with_all_c);
   return Call(index, RNNFAST_PASS).forward(save, with_all_c);
+}
+
+// With `factors` as Call::backward.
+Gradients run_backward(int index, bool factors, RNNFAST_BACKWARD_ARGUMENTS) {
+  const c10::DeviceGuard guard(input.device());
+  if (weight_ih.dim() == 3 && !factors)
+    return Members(index, RNNFAST_PASS)
+        .backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c);
+  return Call(index, RNNFAST_PASS)
+      .backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c, factors);
 }
 
 // For each of `size` examples the product left^T right over its rows: [..., N*B, J] and [..., N*B, K] to [B, J, K].
@@ -211,11 +229,11 @@ TORCH_LIBRARY(rnnfast, m) {
       for (size_t at; (at = required.find(value)) != std::string::npos;) required.erase(at, std::string(value).size());
     const std::string backward_arguments =
                           "(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, " + required +
-                          ", Tensor gates, Tensor cells, Tensor hidden, bool[9] needs, Tensor? grad_all_c=None)",
+                          ", Tensor gates, Tensor cells, Tensor hidden, bool[10] needs, Tensor? grad_all_c=None)",
                       states = " -> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, ";
     m.def(("_" + name + "_backward" + backward_arguments + states +
            "Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, Tensor grad_bias_hh, "
-           "Tensor grad_weight_hr, Tensor grad_weight_ch)")
+           "Tensor grad_weight_hr, Tensor grad_weight_ch, Tensor grad_weight_ln)")
               .c_str(),
           tags);
     if (!has_factors(table.cells[i])) continue;
@@ -226,7 +244,10 @@ TORCH_LIBRARY(rnnfast, m) {
   }
 }
 
-TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
+namespace {
+
+// The operators of a kind of device.
+void register_kernels(torch::Library& m) {
   m.impl("_sample_products", &sample_products);
   const DriverTable& table = drivers();
   for (int i = 0; i < table.num_cells; ++i) {
@@ -247,21 +268,26 @@ TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
       m.impl(("_" + name + "_all_c_forward").c_str(),
              [i](RNNFAST_ARGUMENTS) { return run_forward(i, true, true, RNNFAST_PASS); });
     }
-    m.impl(("_" + name + "_backward").c_str(), [i](RNNFAST_BACKWARD_ARGUMENTS) {
-      if (weight_ih.dim() == 3)
-        return Members(i, RNNFAST_PASS)
-            .backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c);
-      return Call(i, RNNFAST_PASS)
-          .backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c, false);
-    });
+    m.impl(("_" + name + "_backward").c_str(),
+           [i](RNNFAST_BACKWARD_ARGUMENTS) { return run_backward(i, false, RNNFAST_BACKWARD_PASS); });
     if (!has_factors(table.cells[i])) continue;
     m.impl(("_" + name + "_backward_factors").c_str(), [i](RNNFAST_BACKWARD_ARGUMENTS) {
-      auto [dinput, dh0, dc0, gates_ih, gates_hh, h_prev, projected, h_raw, none] =
-          Call(i, RNNFAST_PASS)
-              .backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c, true);
+      auto [dinput, dh0, dc0, gates_ih, gates_hh, h_prev, projected, h_raw, none, nothing] =
+          run_backward(i, true, RNNFAST_BACKWARD_PASS);
       return Factors(dinput, dh0, dc0, gates_ih, gates_hh, h_prev, projected, h_raw);
     });
   }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
+  register_kernels(m);
+}
+
+// In a build without CUDA kernels too: Call says then that there are none.
+TORCH_LIBRARY_IMPL(rnnfast, CUDA, m) {
+  register_kernels(m);
 }
 
 TORCH_LIBRARY_IMPL(rnnfast, Autograd, m) {

@@ -27,6 +27,8 @@ struct CellInfo {
   bool saves_hidden;  // backward needs a copy of h
   int late_gates;     // of the gates, those whose recurrent product is not of h alone (cells.h)
   int peepholes;      // vectors of weights by which gates see c
+  int norm_vectors;   // vectors of layer normalization's weights
+  bool has_resident;  // on a GPU (cuda/plan.h)
 };
 
 // Memory outside the driver whose row for sequence n at step t is data + t * step + n * row, unit stride inside.
@@ -115,6 +117,7 @@ struct SequenceParams {
   const E *w_ih, *w_hh, *b_ih, *b_hh;  // [G*H, I], [G*H, P], [G*H], [G*H]
   const E* w_hr;                       // [P, H]
   const E* w_ch;                       // [peepholes, H]
+  const E* w_ln;                       // [norm_vectors, H]: gains of both products; of a cell with c gain_c and b_c
   const E* recurrent_mask;             // [N, P] multiplies h where it enters the recurrent product
   Rows<const E> keep_h, keep_c;        // [T, N, H] the share of the old state that stays (zoneout); not if projected
 
@@ -132,7 +135,7 @@ struct SequenceParams {
   Rows<E> dinput;                            // [T, N, I]
   E *dh0, *dc0;                              // [N, P], [N, H]
   E *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;  // as the weights
-  E* dw_ch;
+  E *dw_ch, *dw_ln;
   // The factors of the weight gradients, for who sums their products over some of the rows only (one sequence, say):
   // dW_ih = dgates_ih^T x, dW_hh = dgates_hh^T h_prev, dW_hr = dprojected^T h_raw over all rows. Torch's gate order.
   Rows<T> dgates_ih, dgates_hh;  // [T, N, G*H]
@@ -198,6 +201,8 @@ const DriverTable& cuda_drivers();
 const DriverTable& drivers();
 const char* const* supported_isas();  // best first, ends with null
 bool set_isa(const char* name);       // false: unknown, or not of this machine
+// One more for set_isa, compiled elsewhere from this header: tests add the GPU drivers over an emulated device.
+void add_drivers(const DriverTable*);
 Plan make_plan(const Sizes&, const CellInfo&, int threads, bool backward);
 
 }  // namespace rnnfast

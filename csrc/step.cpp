@@ -6,7 +6,7 @@
 namespace rnnfast {
 namespace {
 
-constexpr int64_t kWeightsPerLayer = 8;
+constexpr int64_t kWeightsPerLayer = 9;
 
 int index_of(const std::string& cell) {
   const DriverTable& table = drivers();
@@ -70,7 +70,7 @@ Tensor Stack::run(Tensor x) {
   for (size_t l = 0; l < weights_.size(); ++l) {
     const auto w = weights_for(l, x);
     auto [output, h, c] = op_.call(x, h_[l], c_[l], *w[0], *w[1], w[2], w[3], w[4], std::nullopt, std::nullopt,
-                                   std::nullopt, false, w[5], std::nullopt, w[6], w[7], false);
+                                   std::nullopt, false, w[5], std::nullopt, w[6], w[7], w[8], false);
     x = std::move(output);
     h_[l] = std::move(h);
     c_[l] = c.dim() == 2 ? MaybeTensor(std::move(c)) : std::nullopt;
@@ -83,7 +83,7 @@ Tensor Stack::step(Tensor x) {
     if (l == steps_.size()) {
       const auto w = weights_for(l, x);
       steps_.emplace_back(index_, x, h_[l], c_[l], *w[0], *w[1], w[2], w[3], w[4], std::nullopt, std::nullopt,
-                          std::nullopt, false, w[5], std::nullopt, w[6], w[7], false);
+                          std::nullopt, false, w[5], std::nullopt, w[6], w[7], w[8], false);
       if (packs_) weights_[l].clear();
     }
     x = steps_[l].step(x, packs_);

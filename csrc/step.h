@@ -16,8 +16,8 @@ namespace rnnfast {
 class Stack {
  public:
   // h [L, N, P] and c [L, N, H] or null for zeros. Of each layer weight_ih, weight_hh, bias_ih, bias_hh, weight_hr,
-  // weight_ch, and zoneout of h and of c, each [H]; those not there null. With `packs` they are rearranged at the first
-  // step and let go of: the numbers are then another rounding's, and later steps faster.
+  // weight_ch, zoneout of h and of c, each [H], and weight_ln; those not there null. With `packs` they are rearranged
+  // at the first step and let go of: the numbers are then another rounding's, and later steps faster.
   Stack(const std::string& cell, const std::vector<MaybeTensor>& weights, const MaybeTensor& h, const MaybeTensor& c,
         bool packs);
 

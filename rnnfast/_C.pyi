@@ -11,7 +11,7 @@ def cells() -> list[dict[str, Any]]:
     Each has ``name`` (of its op), ``num_gates``, ``num_states`` (1: h; 2: h and c), ``num_slots`` (numbers kept per
     unit for the backward, states not counted), ``saves_hidden`` (whether h is kept besides), ``num_late_gates`` (whose
     recurrent product is not of h alone), ``num_peepholes`` (vectors of weights by which gates see c),
-    ``source`` of the formula.
+    ``num_norm_vectors`` (vectors of layer normalization's weights), ``source`` of the formula.
     """
 
 def build_info() -> dict[str, Any]:
@@ -31,15 +31,28 @@ def set_isa(name: str) -> None:
     """
 
 def explain(
-    cell: str, T: int, N: int, I: int, H: int, P: int, dtype: str, training: bool, threads: int
+    cell: str,
+    T: int,
+    N: int,
+    I: int,
+    H: int,
+    P: int,
+    dtype: str,
+    training: bool,
+    threads: int,
+    device: int | None = None,
 ) -> dict[str, Any]:
-    """What the kernel policy decides for one layer and direction: ``kernel``, ``isa``, ``reason``, ``threads`` ..."""
+    """What the kernel policy decides for one layer and direction: ``kernel``, ``isa``, ``reason``, ``threads`` ...
+
+    ``device`` is the number of a CUDA device, or None for the CPU. For a device there is also what was decided for the
+    backward pass, with ``training``: the same names after ``backward_``.
+    """
 
 class Decoder:
     """Layers of one cell taken step by step: see :class:`rnnfast.Decoder`.
 
-    ``weights`` are, of each layer: weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, and the zoneout of h
-    and of c, each ``[H]``; None for those not there.
+    ``weights`` are, of each layer: weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, the zoneout of h and
+    of c, each ``[H]``, and weight_ln; None for those not there.
     """
 
     def __init__(self, cell: str, weights: Sequence[Tensor | None], batch_size: int | None) -> None: ...

@@ -57,7 +57,8 @@ from rnnfast.convert import Conversion, convert, patch_torch, revert
 from rnnfast.decoder import Decoder
 from rnnfast.forecast import RNNAutoRegression
 from rnnfast.lm import RNNLM
-from rnnfast.modules import GRU, LSTM, RNN, Explanation, GRUCell, LSTMCell, RNNCell, explain
+from rnnfast.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from rnnfast.plan import Explanation, explain
 
 __all__ = [
     "GRU",

@@ -22,6 +22,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from rnnfast import modules
+from rnnfast.options import options_beyond_torch
 
 __all__ = ["Conversion", "convert", "patch_torch", "revert"]
 
@@ -224,7 +225,7 @@ def _rebased(cls: type, base: type) -> type:
 def _reverted(module: torch.nn.Module, cls: type) -> type | None:
     if not isinstance(module, tuple(_STOCK)):
         return None
-    options = modules._options_beyond_torch(module)
+    options = options_beyond_torch(module)
     if options:
         raise _Left(f"torch.nn has no {options}")
     return _without_our_base(cls, parametrize.is_parametrized(module))

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnfast import _C, modules
+from rnnfast import _C
+from rnnfast.call import loop_weights
+from rnnfast.options import cell_of
 
 __all__ = ["Decoder"]
 
@@ -57,7 +59,7 @@ class Decoder(_C.Decoder):
     @staticmethod
     def _weights(layer: torch.nn.RNNBase) -> tuple[str, Sequence[Tensor | None]]:
         with torch.no_grad():
-            return modules._cell_of(layer), modules._loop_weights(layer)
+            return cell_of(layer), loop_weights(layer)
 
     def refresh(self) -> None:
         """Take the layer's weights as they are now; the state stays.

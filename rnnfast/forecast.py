@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnnfast import modules
+from rnnfast.call import loop_weights, refuse_loop
 from rnnfast.lm import _evaluating
+from rnnfast.options import cell_of
 from rnnfast.text import DATA_VARIABLE, CorpusError
 
 __all__ = ["SERIES", "Prediction", "RNNAutoRegression", "Series", "load_series", "noisy_sine"]
@@ -122,7 +123,7 @@ class RNNAutoRegression(nn.Module):
         generator: torch.Generator | None = None,
         state: Any = None,
     ) -> Prediction:
-        """Continue series by ``num_steps`` values, each fed back to predict the next: a loop in C++.
+        """Continue series by ``num_steps`` values, each fed back to predict the next: a loop in C++, on the CPU.
 
         Args:
             series: the known values, ``[T, N, F]`` (``[T, N]``, ``[T]``); with ``tau`` only the last ``tau`` count.
@@ -144,6 +145,7 @@ class RNNAutoRegression(nn.Module):
                 f"RNNAutoRegression: num_paths: expected at least 1 and distribution=True, got {num_paths} and "
                 f"distribution={self.distribution}"
             )
+        refuse_loop("RNNAutoRegression: forecasting", self.output.weight)
         rnn = self.rnn
         with _evaluating(self):
             scaled = self._scaled(self._check(series, self.tau or 1))
@@ -160,9 +162,9 @@ class RNNAutoRegression(nn.Module):
                     None if part is None else part.repeat(*[1] * (part.dim() - 2), num_paths, 1)
                     for part in (head, window, h, c)
                 )
-            weights = modules._loop_weights(rnn)
+            weights = loop_weights(rnn)
             mean, scale = torch.ops.rnnfast._forecast.default(
-                modules._cell_of(rnn),
+                cell_of(rnn),
                 window,
                 head,
                 h,

@@ -19,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnnfast import modules
+from rnnfast import call, modules
+from rnnfast.options import cell_of
 
 __all__ = ["RNNLM", "Generated", "detach_state", "linear_cross_entropy"]
 
 # Scores held at a time by the loss: half a megabyte in float32, to stay in the cache; but rows enough for a product to
-# run well.
+# run well. Other devices than the CPU want more work at a time.
 _CHUNK_SCORES = 1 << 17
+_CHUNK_SCORES_ON_DEVICE = 1 << 24
 _CHUNK_ROWS = 128
 _Prompt = Tensor | list[Tensor] | tuple[Tensor, ...]
 _VECTOR_ROWS = 16  # kSoftmaxRows of csrc/sequence.h
@@ -126,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, *grads = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            if grad_loss.item() != 1.0:
+            if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:  # elsewhere asking costs more
                 grads = [None if grad is None else grad * grad_loss.to(grad.dtype) for grad in grads]
             return (*grads, None, None, None)
         # With create_graph: the plain way, which can be differentiated again. The views are new leaves of a kind, for
@@ -148,7 +150,8 @@ def linear_cross_entropy(
 
     The value and the gradients are those of ``F.cross_entropy(F.linear(hidden, weight, bias), targets)``, up to
     rounding. torch has a function of this name from 2.13 on; this one serves the older versions too, and may be
-    differentiated again (with create_graph all scores are held).
+    differentiated again (with create_graph all scores are held). Only on the CPU the softmax is a kernel of ours;
+    elsewhere it is ``torch.log_softmax``, piece by piece.
 
     Args:
         hidden: ``[rows, P]``.
@@ -175,7 +178,8 @@ def linear_cross_entropy(
         )
     _check_tokens("targets", targets, weight.shape[0])
     if chunk_rows is None:
-        chunk_rows = max(_CHUNK_SCORES // weight.shape[0], _CHUNK_ROWS)
+        scores = _CHUNK_SCORES if weight.device.type == "cpu" else _CHUNK_SCORES_ON_DEVICE
+        chunk_rows = max(scores // weight.shape[0], _CHUNK_ROWS)
     if chunk_rows < 1:
         raise ValueError(f"linear_cross_entropy: chunk_rows: expected at least 1, got {chunk_rows}")
     train = torch.is_grad_enabled()
@@ -305,7 +309,7 @@ class RNNLM(nn.Module):
         weight: Tensor = self.output.weight
         bias: Tensor = self.output.bias
         device = hidden.device.type
-        if modules._any_autocast() and modules._under_autocast(hidden):
+        if call.any_autocast() and call.under_autocast(hidden):
             low = torch.get_autocast_dtype(device)
             rows, weight, bias = rows.to(low), weight.to(low), bias.to(low)
         with torch.autocast(device, enabled=False):
@@ -333,6 +337,8 @@ class RNNLM(nn.Module):
     ) -> Generated:
         """Write tokens after a prompt: one fused call for the prompt, then a loop in C++.
 
+        The loop runs on the CPU, and so must the model be there: ``model.to("cpu").generate(...)``.
+
         Greedy by default (the lowest number among equals). With ``sample`` the next token is drawn with a probability
         proportional to ``p ** alpha``: above 1 sharpens, below 1 flattens. ``top_k`` and then ``top_p`` narrow the
         choice first: to the k likeliest, and to the fewest of these that together have at least the share p.
@@ -355,7 +361,7 @@ class RNNLM(nn.Module):
             ValueError: an empty prompt, an option out of its range, a bidirectional layer; prompts of different lengths
                 with a layer of torch.nn.
             IndexError: a token of the prompt out of range.
-            RuntimeError: scores that are not finite.
+            RuntimeError: scores that are not finite; a model that is not on the CPU.
         """
         choice = self._choice(
             sample=sample,
@@ -431,11 +437,11 @@ class RNNLM(nn.Module):
         return F.dropout(output, self.dropout, self.training), state
 
     def _looks_up(self, tokens: Tensor) -> bool:
-        """Whether the op may be called past the layer's ``forward``: it is ours, it is as made, and on the CPU."""
+        """Whether the op may be called past the layer's ``forward``: it is ours, it is as made, and has kernels."""
         rnn = self.rnn
         return (
             type(rnn).forward in (modules.RNN.forward, modules.GRU.forward, modules.LSTM.forward)
-            and tokens.device.type == "cpu"
+            and tokens.device.type in ("cpu", "cuda")
             and not (rnn._forward_hooks or rnn._forward_pre_hooks or rnn._backward_hooks or rnn._backward_pre_hooks)
         )
 
@@ -447,29 +453,29 @@ class RNNLM(nn.Module):
         ndim = tokens.dim() + 1
         names = ("hidden[0]", "hidden[1]") if mode == "LSTM" else ("hidden",)
         if mode == "LSTM" and state is not None and (not isinstance(state, (tuple, list)) or len(state) != 2):
-            modules._refuse_pair("LSTM", state)
+            call.refuse_pair("LSTM", state)
         states = [] if state is None else list(state) if mode == "LSTM" else [state]
         directions = len(rnn._all_weights)
         for name, one, size in zip(names, states, (rnn.proj_size or rnn.hidden_size, rnn.hidden_size), strict=False):
-            modules._check_state(mode, name, one, ndim, (directions, steps.shape[1], size), steps)
+            call.check_state(mode, name, one, ndim, (directions, steps.shape[1], size), steps)
         if ndim == 2:
             states = [one.unsqueeze(1) for one in states]
         weights: list[tuple[Any, ...]] = [
-            modules._weights(rnn, names, rnn.bias, rnn.proj_size) for names in rnn._all_weights
+            call.weights_of(rnn, names, rnn.bias, rnn.proj_size) for names in rnn._all_weights
         ]
         output_dtype = None
         h0, c0 = [*states, None, None][:2]
-        if modules._any_autocast() and modules._under_autocast(steps):
+        if call.any_autocast() and call.under_autocast(steps):
             stand_in = weights[0][0]  # one-hot rows would be made in its dtype
-            compute, output_dtype = modules._autocast_dtypes(mode, rnn.proj_size, False, stand_in, h0, c0)
+            compute, output_dtype = call.autocast_dtypes(mode, rnn.proj_size, False, stand_in, h0, c0)
             if compute is not None:
-                h0, c0 = modules._cast(h0, compute), modules._cast(c0, compute)
-                weights = [tuple(modules._cast(weight, compute) for weight in five) for five in weights]
+                h0, c0 = call.cast(h0, compute), call.cast(c0, compute)
+                weights = [tuple(call.cast(weight, compute) for weight in five) for five in weights]
         for one in (h0, c0):
             if one is not None and one.dtype != weights[0][0].dtype:
-                modules._refuse_state_dtype(mode, weights[0][0], h0, c0)
+                call.refuse_state_dtype(mode, weights[0][0], h0, c0)
         bounds = (None, lengths, None)  # neither packed nor with resets
-        output, h_n, c_n, _ = modules._run_layers(rnn, steps, h0, c0, weights, bounds, False)
+        output, h_n, c_n, _ = call.run_layers(rnn, steps, h0, c0, weights, bounds, False)
         if output_dtype is not None:
             output, h_n = output.to(output_dtype), h_n.to(output_dtype)
         if ndim == 2:
@@ -518,6 +524,7 @@ class RNNLM(nn.Module):
         """The prompt as one tensor, padded where there were several, and what is known after it."""
         if num_tokens < 0:
             raise ValueError(f"RNNLM: num_tokens: expected at least 0, got {num_tokens}")
+        call.refuse_loop("RNNLM: generation", self.output.weight)
         tokens: Tensor
         tokens, lengths = self._side_by_side(prompt) if isinstance(prompt, (list, tuple)) else (prompt, None)
         if isinstance(tokens, Tensor) and tokens.numel() == 0:
@@ -572,10 +579,10 @@ class RNNLM(nn.Module):
     def _write(self, progress: _Progress, num_tokens: int, choice: tuple[Any, ...]) -> tuple[Tensor, _Progress]:
         """New tokens ``[steps, N]``, and what is known after them."""
         rnn = self.rnn
-        weights = modules._loop_weights(rnn)
+        weights = call.loop_weights(rnn)
         embedding = None if self.embedding is None else self.embedding.weight
         tokens, scores, h, c, finished = torch.ops.rnnfast._generate.default(
-            modules._cell_of(rnn),
+            cell_of(rnn),
             progress.scores,
             *progress.states,
             weights,

@@ -22,6 +22,7 @@ from rnnfast import _C, reference, transforms
 __all__ = [
     "gru",
     "gru_before",
+    "gru_layer_norm",
     "gru_reset",
     "gru_reset_before",
     "gru_update",
@@ -31,6 +32,8 @@ __all__ = [
     "lstm_coupled_all_c",
     "lstm_coupled_peephole",
     "lstm_coupled_peephole_all_c",
+    "lstm_layer_norm",
+    "lstm_layer_norm_all_c",
     "lstm_peephole",
     "lstm_peephole_all_c",
     "rnn_relu",
@@ -304,6 +307,7 @@ def _like_gru(cell: str, gates: str) -> Callable[..., tuple[Tensor, Tensor]]:
         reverse: bool = False,
         recurrent_mask: Tensor | None = None,
         zoneout_h: Tensor | None = None,
+        weight_ln: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         output, h_n, _ = op(
             input,
@@ -321,6 +325,8 @@ def _like_gru(cell: str, gates: str) -> Callable[..., tuple[Tensor, Tensor]]:
             None,
             recurrent_mask,
             zoneout_h,
+            None,
+            weight_ln,
         )
         return output, h_n
 
@@ -350,6 +356,7 @@ def _like_lstm(cell: str, gates: str, with_all_c: bool = False) -> Callable[...,
         recurrent_mask: Tensor | None = None,
         zoneout_h: Tensor | None = None,
         zoneout_c: Tensor | None = None,
+        weight_ln: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         results: tuple[Tensor, ...] = op(
             input,
@@ -368,6 +375,7 @@ def _like_lstm(cell: str, gates: str, with_all_c: bool = False) -> Callable[...,
             recurrent_mask,
             zoneout_h,
             zoneout_c,
+            weight_ln,
         )
         return results
 
@@ -385,7 +393,9 @@ def _named(run: _Run, name: str, like: str, gates: str) -> _Run:
 
 _PEEPHOLES_IFO = "i, f, g, o, and ``weight_ch`` ``[3*H]``, by which i, f and o see c"
 _PEEPHOLES_IO = "i, g, o, and ``weight_ch`` ``[2*H]``, by which i and o see c"
+_GAINS = "``weight_ln`` ``[{}*H]``: the gains of both products, {}*H each{}"
 gru_before = _like_gru("gru_before", "r, z, n")
+gru_layer_norm = _like_gru("gru_layer_norm", f"r, z, n, and {_GAINS.format(6, 3, '')}")
 gru_reset = _like_gru("gru_reset", "r, n")
 gru_reset_before = _like_gru("gru_reset_before", "r, n")
 gru_update = _like_gru("gru_update", "z, n")
@@ -393,6 +403,9 @@ lstm_coupled = _like_lstm("lstm_coupled", "i, g, o")
 lstm_coupled_all_c = _like_lstm("lstm_coupled", "i, g, o", with_all_c=True)
 lstm_coupled_peephole = _like_lstm("lstm_coupled_peephole", _PEEPHOLES_IO)
 lstm_coupled_peephole_all_c = _like_lstm("lstm_coupled_peephole", _PEEPHOLES_IO, with_all_c=True)
+_GAINS_LSTM = f"i, f, g, o, and {_GAINS.format(10, 4, ', then gain and bias of c')}"
+lstm_layer_norm = _like_lstm("lstm_layer_norm", _GAINS_LSTM)
+lstm_layer_norm_all_c = _like_lstm("lstm_layer_norm", _GAINS_LSTM, with_all_c=True)
 lstm_peephole = _like_lstm("lstm_peephole", _PEEPHOLES_IFO)
 lstm_peephole_all_c = _like_lstm("lstm_peephole", _PEEPHOLES_IFO, with_all_c=True)
 
@@ -401,7 +414,7 @@ lstm_peephole_all_c = _like_lstm("lstm_peephole", _PEEPHOLES_IFO, with_all_c=Tru
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_PRIMALS = ("input", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "weight_ch")
+_PRIMALS = ("input", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "weight_ch", "weight_ln")
 _MASKS = ("recurrent_mask", "zoneout_h", "zoneout_c")
 
 
@@ -466,7 +479,8 @@ def _shapes_between_parts(
     The length of a part is that of ``part_steps`` in ``csrc/call.cpp``.
     """
     members = weight_hh.shape[0] if weight_hh.dim() == 3 else 1
-    part = torch.sym_max(8, 512 // torch.sym_max(h_n[0] // members, 1))
+    largest: Any = torch.sym_max
+    part = largest(8, 512 // largest(h_n[0] // members, 1))
     rows = ((steps + part - 1) // part - 1) * h_n[0]
     cells = [rows, c_n[1]] if len(c_n) == 2 else [0]
     return torch.float64 if dtype == torch.float64 else torch.float32, [0], cells, [rows, h_n[1]]
@@ -513,9 +527,10 @@ def _register_fakes(cell: str) -> None:
         recurrent_mask: Tensor | None = None,
         zoneout_h: Tensor | None = None,
         zoneout_c: Tensor | None = None,
+        weight_ln: Tensor | None = None,
         recompute: bool = False,
     ) -> tuple[Tensor, ...]:
-        primals = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch)
+        primals = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, weight_ln)
         masks = {"recurrent_mask": recurrent_mask, "zoneout_h": zoneout_h, "zoneout_c": zoneout_c}
         check(primals, batch_sizes, lengths, resets, **masks)
         input = _one_hot_like(input, weight_ih)
@@ -539,9 +554,10 @@ def _register_fakes(cell: str) -> None:
         recurrent_mask: Tensor | None = None,
         zoneout_h: Tensor | None = None,
         zoneout_c: Tensor | None = None,
+        weight_ln: Tensor | None = None,
         recompute: bool = False,
     ) -> tuple[Tensor, ...]:
-        primals = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch)
+        primals = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, weight_ln)
         masks = {"recurrent_mask": recurrent_mask, "zoneout_h": zoneout_h, "zoneout_c": zoneout_c}
         check(primals, batch_sizes, lengths, resets, **masks)
         input = _one_hot_like(input, weight_ih)
@@ -559,8 +575,8 @@ def _register_fakes(cell: str) -> None:
 
     def check_backward(arguments: Sequence[Any]) -> tuple[Sequence[Tensor | None], Sequence[bool]]:
         """Check the arguments of a backward op, and give those that are differentiated and which are wanted."""
-        grads, primals = arguments[:3], (*arguments[3:11], arguments[15])
-        kept, needs, grad_all_c = arguments[20:23], arguments[23], (*arguments[24:], None)[0]
+        grads, primals = arguments[:3], (*arguments[3:11], arguments[15], arguments[19])
+        kept, needs, grad_all_c = arguments[21:24], arguments[24], (*arguments[25:], None)[0]
         names = ("grad_output", "grad_h_n", "grad_c_n", *_MASKS, "gates", "cells", "hidden", "grad_all_c")
         others = (*grads, *arguments[16:19], *kept, grad_all_c)
         check(primals, *arguments[11:14], **dict(zip(names, others, strict=True)))
@@ -578,7 +594,7 @@ def _register_fakes(cell: str) -> None:
 
     def backward_factors(*arguments: Any) -> tuple[Tensor, ...]:
         primals, needs = check_backward(arguments)
-        input, weight_ih, weight_hh, weight_hr, gates = (arguments[i] for i in (3, 6, 7, 10, 20))
+        input, weight_ih, weight_hh, weight_hr, gates = (arguments[i] for i in (3, 6, 7, 10, 21))
         state_size, hidden_size = (0, 0) if weight_hr is None else weight_hr.shape
         rows = input.shape[:-1] if input.is_floating_point() else input.shape
         units = (weight_hh.shape[0], weight_hh.shape[0], weight_hh.shape[1], state_size, hidden_size)
@@ -588,7 +604,7 @@ def _register_fakes(cell: str) -> None:
     torch.library.register_fake(f"rnnfast::{cell}", forward)
     torch.library.register_fake(f"rnnfast::_{cell}_forward", forward_and_save)
     torch.library.register_fake(f"rnnfast::_{cell}_backward", backward)
-    if not (_CELLS[cell]["num_late_gates"] or _CELLS[cell]["num_peepholes"]):
+    if not any(_CELLS[cell][f"num_{what}"] for what in ("late_gates", "peepholes", "norm_vectors")):
         torch.library.register_fake(f"rnnfast::_{cell}_backward_factors", backward_factors)
     if _CELLS[cell]["num_states"] == 1:
         return
@@ -625,18 +641,17 @@ def _register_double_backward(cell: str) -> None:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         # grad_output, grad_h_n, grad_c_n; the op's own arguments up to resets; those after reverse; grad_all_c.
-        ctx.save_for_backward(*inputs[:14], *inputs[15:19], inputs[24])
-        ctx.reverse, ctx.needs = inputs[14], inputs[23]
+        ctx.save_for_backward(*inputs[:14], *inputs[15:20], inputs[25])
+        ctx.reverse, ctx.needs = inputs[14], inputs[24]
 
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
         create_graph = torch.is_grad_enabled()
         saved = ctx.saved_tensors
         with torch.enable_grad():
-            grads = [_alias(tensor) for tensor in (*saved[:3], saved[18])]
-            primals = [_alias(tensor) for tensor in (*saved[3:11], saved[14])]
-            outputs = scan(
-                *primals[:8], *saved[11:14], ctx.reverse, primals[8], *saved[15:18], with_all_c=grads[3] is not None
-            )
+            grads = [_alias(tensor) for tensor in (*saved[:3], saved[19])]
+            primals = [_alias(tensor) for tensor in (*saved[3:11], saved[14], saved[18])]
+            bounds, masks = (*saved[11:14], ctx.reverse), saved[15:18]
+            outputs = scan(*primals[:8], *bounds, primals[8], *masks, primals[9], with_all_c=grads[3] is not None)
             used = [(o, grad) for o, grad in zip(outputs, grads, strict=False) if grad is not None and o.requires_grad]
             wanted = [
                 (primal, grad_grad)
@@ -655,9 +670,9 @@ def _register_double_backward(cell: str) -> None:
             for first, (_, grad_grad) in zip(firsts, wanted, strict=True)
             if first is not None and first.requires_grad
         ]
-        sources = [*enumerate([*grads[:3], *primals[:8]]), (15, primals[8]), (24, grads[3])]
+        sources = [*enumerate([*grads[:3], *primals[:8]]), (15, primals[8]), (19, primals[9]), (25, grads[3])]
         targets = [(i, source) for i, source in sources if source is not None and ctx.needs_input_grad[i]]
-        result: list[Tensor | None] = [None] * 25
+        result: list[Tensor | None] = [None] * 26
         if pairs and targets:
             seconds = torch.autograd.grad(
                 [first for first, _ in pairs],

@@ -22,12 +22,14 @@ __all__ = [
     "Cell",
     "gru",
     "gru_before",
+    "gru_layer_norm",
     "gru_reset",
     "gru_reset_before",
     "gru_update",
     "lstm",
     "lstm_coupled",
     "lstm_coupled_peephole",
+    "lstm_layer_norm",
     "lstm_peephole",
     "rnn_relu",
     "rnn_tanh",
@@ -52,6 +54,8 @@ class Cell:
             are not among the recurrent gates that the formula gets; its last argument ``late`` is the function that
             makes theirs, ``[N, H]`` to ``[N, late*H]``.
         num_peepholes: how many vectors of weights ``[H]`` the formula gets as its last arguments.
+        is_normalized: whether the products go through layer normalization. A formula of two states gets the function
+            that normalizes c as its last argument.
     """
 
     name: str
@@ -60,6 +64,17 @@ class Cell:
     formula: Formula
     num_late_gates: int = 0
     num_peepholes: int = 0
+    is_normalized: bool = False
+
+    @property
+    def num_norm_vectors(self) -> int:
+        """How many vectors ``[H]`` the weights of the layer normalization are."""
+        return 2 * (self.num_gates + self.num_states - 1) if self.is_normalized else 0
+
+    @property
+    def has_projection(self) -> bool:
+        """Whether it takes a weight_hr."""
+        return self.num_states == 2 and not self.is_normalized
 
     def __call__(
         self,
@@ -79,6 +94,7 @@ class Cell:
         recurrent_mask: Tensor | None = None,
         zoneout_h: Tensor | None = None,
         zoneout_c: Tensor | None = None,
+        weight_ln: Tensor | None = None,
         *,
         with_all_c: bool = False,
     ) -> tuple[Tensor, ...]:
@@ -109,6 +125,8 @@ class Cell:
                 h_t = zoneout_h * h_{t-1} + (1 - zoneout_h) * h'_t, where h'_t is what the cell makes. Krueger et al.,
                 arXiv:1606.01305 (2016). Not with a projection.
             zoneout_c: the same for c; h'_t is made of the cell's own c'_t.
+            weight_ln: ``[V*H]``, of a cell with layer normalization: the gains of the input product and of the
+                recurrent product, ``[G*H]`` each; of a cell with two states also gain and bias of c, ``[H]`` each.
             with_all_c: also return c of all steps, as ``torch.ops.rnnfast.<name>_all_c`` does; only for a cell with two
                 states.
 
@@ -117,7 +135,7 @@ class Cell:
             with one state); with ``with_all_c`` also c ``[T, N, H]`` in the form of output.
         """
         if weight_ih.dim() == 3:
-            weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch)
+            weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, weight_ln)
             of_sequences = (h0, c0, recurrent_mask, zoneout_h, zoneout_c)
             return self._members(input, of_sequences, weights, batch_sizes, (lengths, resets), reverse, with_all_c)
         if not input.is_floating_point():
@@ -167,12 +185,19 @@ class Cell:
         more: tuple[object, ...] = (late,) if self.num_late_gates else ()
         if weight_ch is not None:
             more = weight_ch.view(self.num_peepholes, hidden_size).unbind()
-        gates_x = F.linear(input, weight_ih, bias_ih)  # [T, N, G*H], one product over all steps
+        gains: Sequence[Tensor | None] = (None, None)
+        if weight_ln is not None:
+            gate_size = self.num_gates * hidden_size
+            gains = weight_ln[: 2 * gate_size].chunk(2)
+            if self.num_states == 2:
+                gain_c, bias_c = weight_ln[2 * gate_size :].chunk(2)
+                more = (lambda c: _layer_norm(c, gain_c, bias_c),)
+        gates_x = _product(input, weight_ih, bias_ih, gains[0])  # [T, N, G*H], one product over all steps
         states = [state] * steps
         for t in reversed(range(steps)) if reverse else range(steps):
             old = state if resets is None else tuple(s.masked_fill(resets[t], 0.0) for s in state)
             masked = old[0] if recurrent_mask is None else old[0] * recurrent_mask
-            new = self.formula(gates_x[t], F.linear(masked, weight_h, bias_h), *old, *more)
+            new = self.formula(gates_x[t], _product(masked, weight_h, bias_h, gains[1]), *old, *more)
             if weight_hr is not None:
                 new = (F.linear(new[0], weight_hr), *new[1:])
             new = tuple(
@@ -211,10 +236,10 @@ class Cell:
         for e in range(count):
             x = input.movedim(sequences, 0)[e::count].movedim(0, sequences)
             h0, c0, *masks = (None if row is None else row[..., e::count, :] for row in rows)
-            *member, weight_ch = (None if weight is None else weight[e] for weight in weights)
+            *member, weight_ch, weight_ln = (None if weight is None else weight[e] for weight in weights)
             lengths, resets = (None if bound is None else bound[..., e::count] for bound in bounds)
             bounded = (steps, lengths, resets, reverse)
-            parts.append(scan(x, h0, c0, *member, *bounded, weight_ch, *masks, with_all_c=with_all_c))
+            parts.append(scan(x, h0, c0, *member, *bounded, weight_ch, *masks, weight_ln, with_all_c=with_all_c))
         return tuple(
             torch.stack(of_all, -2).flatten(-3, -2) if of_all[0].dim() > 1 else of_all[0]
             for of_all in zip(*parts, strict=True)
@@ -226,14 +251,30 @@ CELLS: dict[str, Cell] = {}
 
 
 def _cell(
-    num_gates: int, num_states: int, num_late_gates: int = 0, num_peepholes: int = 0
+    num_gates: int, num_states: int, num_late_gates: int = 0, num_peepholes: int = 0, is_normalized: bool = False
 ) -> Callable[[Formula], Cell]:
     def register(formula: Formula) -> Cell:
         name = formula.__name__
-        CELLS[name] = Cell(name, num_gates, num_states, formula, num_late_gates, num_peepholes)
+        CELLS[name] = Cell(name, num_gates, num_states, formula, num_late_gates, num_peepholes, is_normalized)
         return CELLS[name]
 
     return register
+
+
+def _layer_norm(a: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """Over the last dimension; Ba, Kiros and Hinton, arXiv:1607.06450 (2016).
+
+    LN(a) = (a - mean(a)) / sqrt(var(a) + 1e-5), times the gain, plus the bias
+
+    Written out, not torch's operation: that has no derivative of every kind in every transform.
+    """
+    deviation = a - a.mean(-1, keepdim=True)
+    scaled = gain * (deviation * (deviation.square().mean(-1, keepdim=True) + 1e-5).rsqrt())
+    return scaled if bias is None else scaled + bias
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias) if gain is None else _layer_norm(F.linear(x, weight), gain, bias)
 
 
 def _gates(gates: Tensor, count: int) -> Sequence[Tensor]:
@@ -241,7 +282,8 @@ def _gates(gates: Tensor, count: int) -> Sequence[Tensor]:
     return gates.chunk(count, dim=-1)
 
 
-# x is W_ih x_t + b_ih and u is W_hh h_{t-1} + b_hh, both [N, G*H]; h is h_{t-1} and c is c_{t-1}.
+# x is W_ih x_t + b_ih and u is W_hh h_{t-1} + b_hh, both [N, G*H]; h is h_{t-1} and c is c_{t-1}. With layer
+# normalization x is gain_ih * LN(W_ih x_t) + b_ih and u is gain_hh * LN(W_hh h_{t-1}) + b_hh.
 
 
 @_cell(num_gates=1, num_states=1)
@@ -393,3 +435,27 @@ def lstm_coupled_peephole(x: Tensor, u: Tensor, h: Tensor, c: Tensor, w_i: Tenso
     i = (a_i + w_i * c).sigmoid()
     c = (1 - i) * c + i * a_g.tanh()
     return (a_o + w_o * c).sigmoid() * c.tanh(), c
+
+
+@_cell(num_gates=4, num_states=2, is_normalized=True)
+def lstm_layer_norm(
+    x: Tensor, u: Tensor, h: Tensor, c: Tensor, norm_c: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, ...]:
+    """:data:`lstm` with layer normalization: Ba, Kiros and Hinton, arXiv:1607.06450 (2016), their equations for it.
+
+    c_t as there, of normalized x and u
+    h_t = o_t * tanh(gain_c * LN(c_t) + b_c)
+    """
+    i, f, g, o = _gates(x + u, 4)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * norm_c(c).tanh(), c
+
+
+@_cell(num_gates=3, num_states=1, is_normalized=True)
+def gru_layer_norm(x: Tensor, u: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+    """:data:`gru` of normalized x and u: Ba, Kiros and Hinton, arXiv:1607.06450 (2016).
+
+    They normalize the candidate's numbers apart from the gates'; here they are one, as in their LSTM and in Haste's
+    LayerNormGRU (LMNT, 2020).
+    """
+    return gru.formula(x, u, h)

@@ -11,7 +11,7 @@ is registered here for the dispatch key of the transforms, and the innermost tra
   weights' gradients of one example alone (``vmap`` of ``grad``) are small products of what
   ``_<cell>_backward_factors`` returns for the whole batch; for a cell without that op, one backward for each example.
 - ``jvp``, alone or anywhere in the stack: :mod:`rnnfast.reference`, differentiated by torch. So are second derivatives,
-  and calls with peepholes, recurrent dropout or zoneout.
+  and calls with peepholes, layer normalization, recurrent dropout or zoneout.
 
 Inside this file ``name`` is that of an op, ``<cell>`` or ``<cell>_all_c``.
 """
@@ -41,8 +41,8 @@ _vjp: Any = torch.func.vjp
 _WEIGHTS = range(3, 8)
 _BATCH_SIZES, _LENGTHS, _RESETS, _REVERSE = 8, 9, 10, 11
 # Of those four, what plain calls do not have, and recompute: inside a transform everything is kept.
-_DEFAULTS = (None, None, None, False, None, None, None, None, False)
-_NUM_ARGUMENTS, _NUM_PLAIN = 17, 12
+_DEFAULTS = (None, None, None, False, None, None, None, None, None, False)
+_NUM_ARGUMENTS, _NUM_PLAIN = 18, 12
 # In those of _<cell>_backward: three gradients, the arguments of <cell>, what the forward saved, and these two.
 _LEADING, _SAVED = slice(3, 3 + _NUM_ARGUMENTS), slice(3 + _NUM_ARGUMENTS, 6 + _NUM_ARGUMENTS)
 _NEEDS, _GRAD_ALL_C = 6 + _NUM_ARGUMENTS, 7 + _NUM_ARGUMENTS
@@ -324,7 +324,7 @@ def _per_sample(cell: str, size: int, folded: Sequence[Any]) -> tuple[_Results, 
     for i, make in zip(_WEIGHTS, makers, strict=True):
         exists = needs[i] and folded[3 + i] is not None
         results.append((make(), 0) if exists else (weight_ih.new_empty(0), None))
-    results.append((weight_ih.new_empty(0), None))  # weight_ch: not here
+    results += [(weight_ih.new_empty(0), None)] * 2  # weight_ch and weight_ln: not here
     return tuple(result for result, _ in results), tuple(dim for _, dim in results)
 
 
@@ -358,7 +358,7 @@ class _Scan(torch.autograd.Function):
         needs = tuple(ctx.needs_input_grad[1:9])
         of_all_c = given[3] if len(given) == 4 else None
         plain = (*arguments, ctx.reverse, *_DEFAULTS[4:])
-        results = _apply(_ScanBackward, ctx.cell, *given[:3], *plain, *saved, (*needs, False), of_all_c)
+        results = _apply(_ScanBackward, ctx.cell, *given[:3], *plain, *saved, (*needs, False, False), of_all_c)
         return (None, *(result if need else None for result, need in zip(results, needs, strict=False)), *unused)
 
     @staticmethod
@@ -380,7 +380,7 @@ class _ScanBackward(torch.autograd.Function):
         ctx.save_for_backward(*arguments[:14], arguments[_GRAD_ALL_C])
         unwanted = [
             result
-            for result, need, primal in zip(output, ctx.needs, (*arguments[3:11], None), strict=True)
+            for result, need, primal in zip(output, ctx.needs, (*arguments[3:11], None, None), strict=True)
             if not need or primal is None
         ]
         ctx.mark_non_differentiable(*unwanted)

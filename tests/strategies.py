@@ -22,7 +22,7 @@ INPUT_SIZES = [1, 3, 8, 17, 33]
 MAX_STEPS = 6
 LAYOUTS = ["contiguous", "transposed", "sliced", "strided", "expanded"]
 POSITIONAL = ("input", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-DIFFERENTIABLE = (*POSITIONAL, "weight_ch")
+DIFFERENTIABLE = (*POSITIONAL, "weight_ch", "weight_ln")
 MASKS = ("recurrent_mask", "zoneout_h", "zoneout_c")
 OUTPUTS = ("output", "h_n", "c_n")
 
@@ -61,13 +61,14 @@ class Call:
         return [self.tensors.get(name) for name in POSITIONAL]
 
     def keywords(self) -> dict[str, Any]:
-        """The options, and weight_ch where there is one."""
-        return self.options | {name: self.tensors[name] for name in ("weight_ch",) if name in self.tensors}
+        """The options, and weight_ch or weight_ln where there is one."""
+        extras = [name for name in DIFFERENTIABLE[len(POSITIONAL) :] if name in self.tensors]
+        return self.options | {name: self.tensors[name] for name in extras}
 
     def everything(self) -> list[Any]:
         """All arguments of the schema."""
         order: dict[str, Any] = {"batch_sizes": None, "lengths": None, "resets": None, "reverse": False}
-        order |= dict.fromkeys(("weight_ch", *MASKS)) | {"recompute": False}
+        order |= dict.fromkeys(("weight_ch", *MASKS, "weight_ln")) | {"recompute": False}
         return [*self.positional(), *(order | self.keywords()).values()]
 
     def op(self) -> Callable[..., tuple[Tensor, ...]]:
@@ -123,7 +124,11 @@ class Case:
     seed: int = 0
 
     def call(self, dtype: torch.dtype = torch.float64) -> Call:
-        """Make the tensors. Weights are uniform as torch.nn's, everything else is normal."""
+        """Make the tensors, on the CPU. Weights are uniform as torch.nn's, everything else is normal."""
+        with torch.device("cpu"):
+            return self._call(dtype)
+
+    def _call(self, dtype: torch.dtype) -> Call:
         generator = torch.Generator().manual_seed(self.seed)
         cell = reference.CELLS[self.cell]
         rows, state_size = cell.num_gates * self.H, self.P or self.H
@@ -165,6 +170,8 @@ class Case:
             tensors["weight_hr"] = laid_out(weight(self.P, self.H), self.weight_layout)
         if cell.num_peepholes:
             tensors["weight_ch"] = laid_out(weight(cell.num_peepholes * self.H), self.weight_layout)
+        if cell.is_normalized:
+            tensors["weight_ln"] = laid_out(1 + weight(cell.num_norm_vectors * self.H), self.weight_layout)
         shares = torch.rand(*shape[:-1], self.H, generator=generator, dtype=torch.float64)
         for name in sorted(self.masks):
             if name == "recurrent_mask":  # 0 or 1.5, which every dtype holds
@@ -198,7 +205,7 @@ def cases(draw: st.DrawFn, cell: str, *, empty: bool = True, plain: bool = False
     N = draw(st.sampled_from(BATCHES + ([0] if empty and kind == "padded" else [])))
     H = draw(st.sampled_from(HIDDEN_SIZES))
     P = None
-    if reference.CELLS[cell].num_states == 2 and H > 1 and draw(st.booleans()):
+    if reference.CELLS[cell].has_projection and H > 1 and draw(st.booleans()):
         P = draw(st.sampled_from(sorted({1, H // 2 or 1, H - 1})))
     lengths = None
     if kind == "packed":

@@ -68,12 +68,35 @@ def test_find_names_the_choices():
         cases.find_case("d3l")
 
 
+def test_cuda_cases_are_sane():
+    names = [case.name for case in (*cases.CASES, *cases.CUDA_CASES)]
+    assert len(names) == len(set(names))
+    assert 1 <= sum(case.quick for case in cases.CUDA_CASES) < len(cases.CUDA_CASES)
+    for case in cases.CUDA_CASES:
+        assert cases.find_case(case.name) is case
+        assert case.T >= 64 and 1 <= case.N <= 64 and 256 <= case.H <= 1024
+    assert {case.H for case in cases.CUDA_CASES} >= {256, 512, 1024}
+
+
 def test_product_flops():
     case = cases.Case("x", 10, 2, 3, 5, 2, 2, "")
     # Layer 0: 3 gates of 5 units in 2 directions, each with 3 inputs and 5 units; layer 1 has 10 inputs.
     expected = 10 * 2 * 2 * (3 * 5 * 2 * (3 + 5) + 3 * 5 * 2 * (10 + 5))
     assert cases.product_flops(case, cases.CELLS["gru"], training=False) == expected
     assert cases.product_flops(case, cases.CELLS["gru"], training=True) == 3 * expected
+
+
+def test_columns_of_a_device():
+    """What only a row of a CUDA run has: its parts run on the CPU too."""
+    floors = [layers.floor_seconds(SMALL, cases.CELLS["gru"], mode, CPU, torch.float32) for mode in layers.MODES]
+    assert all(seconds > 0 for seconds in floors)
+    row = dict.fromkeys(layers.CUDA_FIELDS, 1.0) | {"case": "t64-n16-h256", "status": "ok"}
+    row |= {"cell": "gru", "mode": "training", "step_us": 2.5, "floor_us": 0.125}
+    line = layers.format_row(row)
+    assert line.split()[-2:] == ["2.5", "0.125"]
+    assert len(line) == len(layers.CUDA_HEADING)
+    del row["step_us"], row["floor_us"]
+    assert len(layers.format_row(row)) == len(layers.HEADING)
 
 
 # measure.py

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from agreement import assert_same, cotangent
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,12 +19,26 @@ from torch import Tensor, nn
 
 import rnnfast
 
+pytestmark = pytest.mark.usefixtures("default_device")
 F64 = torch.float64
 
 
 def layer_projection(layer: Any, weights: list[Tensor]) -> Tensor:
     """weight_hr, which comes last but for the peepholes' weights."""
     return weights[-2 if layer.peephole else -1]
+
+
+def extra_names(layer: Any, name: str) -> list[str]:
+    """The parameters that torch.nn has not, of the layer and direction of ``name``."""
+    suffix = name.removeprefix("weight_ih")
+    if getattr(layer, "peephole", False):
+        return [f"weight_ch{suffix}"]
+    if not getattr(layer, "layer_norm", False):
+        return []
+    names = ["weight_ln_ih", "weight_ln_hh"]
+    if isinstance(layer, nn.LSTM):
+        names += ["weight_ln_c", "bias_ln_c"][: 1 + layer.bias]
+    return [f"{name}{suffix}" for name in names]
 
 
 def plain_step(
@@ -35,11 +50,19 @@ def plain_step(
     zeros = (x.new_zeros(layer.hidden_size),) * gates
     b_ih, b_hh = (weights[i].chunk(gates) if layer.bias else zeros for i in (2, 3))
 
+    norms = weights[4 if layer.bias else 2 :] if getattr(layer, "layer_norm", False) else []
+
     def given(g: int) -> Tensor:
+        if norms:
+            return F.layer_norm(x @ weights[0].T, (gates * layer.hidden_size,), norms[0]).chunk(gates, -1)[g] + b_ih[g]
         return x @ w_ih[g].T + b_ih[g]
 
     def recurrent(g: int, state: Tensor = h) -> Tensor:
-        return (state if mask is None else mask * state) @ w_hh[g].T + b_hh[g]
+        masked = state if mask is None else mask * state
+        if norms:
+            whole = F.layer_norm(masked @ weights[1].T, (gates * layer.hidden_size,), norms[1])
+            return whole.chunk(gates, -1)[g] + b_hh[g]
+        return masked @ w_hh[g].T + b_hh[g]
 
     if isinstance(layer, nn.RNN):
         return getattr(torch, layer.nonlinearity)(given(0) + recurrent(0)), c
@@ -48,7 +71,8 @@ def plain_step(
         i = torch.sigmoid(given(0) + recurrent(0) + w[0] * c)
         f = 1 - i if layer.coupled else torch.sigmoid(given(1) + recurrent(1) + w[1] * c)
         c = f * c + i * torch.tanh(given(gates - 2) + recurrent(gates - 2))
-        h = torch.sigmoid(given(gates - 1) + recurrent(gates - 1) + w[-1] * c) * torch.tanh(c)
+        seen = F.layer_norm(c, c.shape[-1:], *norms[2:]) if norms else c
+        h = torch.sigmoid(given(gates - 1) + recurrent(gates - 1) + w[-1] * c) * torch.tanh(seen)
         return (h @ layer_projection(layer, weights).T if layer.proj_size else h), c
     n = gates - 1
     if gates == 3 and layer.reset_after:  # torch's own, for the masks
@@ -80,9 +104,8 @@ def by_hand(layer: Any, x: Tensor, hx: Any, masks: Any = None) -> tuple[Tensor, 
     for first in range(0, rows, directions):
         outputs = []
         for d in range(first, first + directions):
-            names = [*layer._all_weights[d]]
-            if isinstance(layer, nn.LSTM) and layer.peephole:
-                names.append(names[0].replace("ih", "ch"))
+            names = layer._all_weights[d]
+            names = [*names, *extra_names(layer, names[0])]
             weights = [getattr(layer, name) for name in names]
             h, c, every = h0[d], c0[d], {}
             order = range(len(steps))
@@ -112,7 +135,7 @@ def problems(draw, name: str, shortest: int = 0):
         "bias": draw(st.booleans()),
     }
     is_lstm = CELLS[name][0] == "LSTM"
-    if is_lstm and draw(st.booleans()):
+    if is_lstm and name != "lstm_layer_norm" and draw(st.booleans()):
         options["proj_size"] = 2
     torch.manual_seed(draw(st.integers(0, 2**16)))
     layer = make(name, I, draw(st.sampled_from([H, 17])), dtype=F64, **options)
@@ -169,6 +192,7 @@ def test_derivatives(name):
     assert torch.autograd.gradgradcheck(call, (x, *weights), fast_mode=True)
 
 
+@pytest.mark.cpu_only("a device has no threads of ours")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("steps", "batch", "hidden"), [(6, 1, 300), (4, 3, 400), (9, 70, 40)])
 @pytest.mark.parametrize("name", CELLS)
@@ -205,9 +229,12 @@ def test_as_a_module(name):
     class_name, own, gates = CELLS[name]
     layer = make(name, num_layers=2, bidirectional=True)
     stock = getattr(nn, class_name)(I, H, num_layers=2, bidirectional=True)
-    more = {f"weight_ch_l{k}{way}": None for k in range(2) for way in ("", "_reverse")} if own.get("peephole") else {}
-    assert layer.state_dict().keys() == (stock.state_dict() | more).keys()
+    more = [name for names in layer._all_weights for name in extra_names(layer, names[0])]
+    assert layer.state_dict().keys() == {*stock.state_dict(), *more}
     for key, value in layer.state_dict().items():
+        if "_ln_" in key:
+            assert value.shape == (H if "_c_" in key else gates * H,) and (value == key.startswith("weight")).all()
+            continue
         rows = H * (gates if key not in more else gates - 1)
         assert value.shape == (rows, *(() if key in more else stock.state_dict()[key].shape[1:]))
         assert value.abs().max() <= H**-0.5 and value.std() > 0.2 * H**-0.5
@@ -219,8 +246,12 @@ def test_as_a_module(name):
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), other):
         assert repr(twin) == repr(layer)
         assert torch.equal(twin(x)[0], layer(x)[0])
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(3.0)
     layer.reset_parameters()
     assert not torch.equal(layer(x)[0], other(x)[0])
+    assert all((value == key.startswith("weight")).all() for key, value in layer.state_dict().items() if "_ln_" in key)
     assert layer.double().to(torch.float64)(x.double())[0].dtype == torch.float64
     (plan, *_) = rnnfast.explain(layer, x.double()).plans
     assert plan.cell == name
@@ -252,6 +283,14 @@ def test_plain_layers_stay_torchs(class_name):
         ("LSTM", {"zoneout": 0.5, "proj_size": 2}, "zoneout does not go with proj_size"),
         ("RNN", {"recurrent_dropout": True}, r"recurrent_dropout should be a number in range \[0, 1\], got: True"),
         ("GRU", {"recurrent_dropout": -0.1}, r"recurrent_dropout should be a number in range \[0, 1\], got: -0.1"),
+        ("GRU", {"layer_norm": 1}, "layer_norm should be of type bool, got: int"),
+        ("LSTM", {"layer_norm": 1}, "layer_norm should be of type bool, got: int"),
+        ("GRU", {"layer_norm": True, "reset_after": False}, "layer_norm does not go with reset_after=False"),
+        ("GRU", {"layer_norm": True, "gates": "reset"}, "layer_norm does not go with gates='reset'"),
+        ("LSTM", {"layer_norm": True, "peephole": True}, "layer_norm does not go with peephole"),
+        ("LSTM", {"layer_norm": True, "coupled": True}, "layer_norm does not go with coupled"),
+        ("LSTM", {"layer_norm": True, "proj_size": 2}, "layer_norm does not go with proj_size"),
+        ("RNN", {"layer_norm": True}, "unexpected keyword argument 'layer_norm'"),
         ("GRU", {"peephole": True}, "unexpected keyword argument 'peephole'"),
         ("GRU", {"coupled": True}, "unexpected keyword argument 'coupled'"),
         ("LSTM", {"reset_after": False}, "unexpected keyword argument 'reset_after'"),
@@ -286,11 +325,21 @@ def test_no_way_to_torch(name):
 def test_wrong_weights_are_named(name):
     """Sizes are those of the cell's own gates."""
     layer = make(name)
-    if CELLS[name][1].get("peephole"):
-        kept, layer.weight_ch_l0 = layer.weight_ch_l0, nn.Parameter(torch.randn(7 * H))
-        with pytest.raises(RuntimeError, match=r"weight_ch_l0 must have the shape \(\d+,\)"):
+    extras = extra_names(layer, "weight_ih_l0")
+    for extra in extras:
+        kept = getattr(layer, extra)
+        setattr(layer, extra, nn.Parameter(torch.randn(7 * H)))
+        with pytest.raises(RuntimeError, match=rf"{extra} must have the shape \(\d+,\)"):
             layer(torch.randn(4, 2, I))
-        layer.weight_ch_l0 = kept
+        setattr(layer, extra, kept)
+    if len(extras) > 1:  # together they are as long as they should be
+        gain, other = getattr(layer, extras[0]), getattr(layer, extras[1])
+        setattr(layer, extras[0], nn.Parameter(torch.cat([gain, gain[:1]])))
+        setattr(layer, extras[1], nn.Parameter(other[1:]))
+        with pytest.raises(RuntimeError, match=rf"{extras[0]} must have the shape \(\d+,\)"):
+            layer(torch.randn(4, 2, I))
+        setattr(layer, extras[0], gain)
+        setattr(layer, extras[1], other)
     layer.weight_hh_l0 = nn.Parameter(torch.randn(7 * H, H))
     with pytest.raises(RuntimeError, match=rf"weight_hh_l0 must have the shape \({CELLS[name][2] * H}, {H}\)"):
         layer(torch.randn(4, 2, I))
@@ -421,7 +470,7 @@ def test_recurrent_dropout_of_everything():
 @pytest.mark.parametrize("name", PLAIN)
 def test_masks_with_lengths_packing_and_projection(name):
     """The same seed, the same mask: a packed batch drops what a padded one with its lengths does."""
-    options = {"proj_size": 2} if name.startswith("lstm") else {}
+    options = {"proj_size": 2} if name.startswith("lstm") and name != "lstm_layer_norm" else {}
     layer = masked(name, recurrent_dropout=0.5, bidirectional=True, **options)
     x, lengths = torch.randn(5, 3, I, dtype=F64), torch.tensor([5, 3, 1])
 
@@ -465,6 +514,7 @@ def test_masks_compile_export_and_vmap():
     torch.testing.assert_close(same[0], same[1])
 
 
+@pytest.mark.cpu_only("the loops run on the CPU")
 def test_masks_in_the_loops_of_the_heads():
     """Generation and forecasting run as in evaluation, zoneout included."""
     torch.manual_seed(0)

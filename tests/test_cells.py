@@ -33,7 +33,7 @@ LARGE = {
 
 def large(name: str, cell: str) -> Case:
     values = vars(LARGE[name]) | {"cell": cell}
-    return Case(**(values if reference.CELLS[cell].num_states == 2 else values | {"P": None}))
+    return Case(**(values if reference.CELLS[cell].has_projection else values | {"P": None}))
 
 
 def check_accuracy(case: Case, dtype: torch.dtype, device: str) -> None:

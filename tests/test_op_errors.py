@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from strategies import MASKS, Call, Case
+from strategies import DIFFERENTIABLE, MASKS, Call, Case
 from test_ops import backward_arguments, backward_op, forward_op
 from torch import Tensor
 
@@ -25,7 +25,7 @@ def valid(cell: str, kind: str = "padded") -> Call:
         N=N,
         I=I,
         H=H,
-        P=P if REFERENCES[cell].num_states == 2 else None,
+        P=P if REFERENCES[cell].has_projection else None,
         kind="padded" if kind in ("lengths", "resets") else kind,
         lengths=lengths,
         resets=kind == "resets",
@@ -66,7 +66,7 @@ WRONG: dict[str, Change] = {
     "sparse": lambda t: t.to_sparse(),
     "meta": lambda t: t.to("meta"),
 }
-TENSORS = ["input", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "weight_ch"]
+TENSORS = [*DIFFERENTIABLE]
 # These leave a valid call: another number of steps, or of features that agrees with what the others say.
 ALLOWED = {("input", "one longer first"), ("input", "one shorter first")}
 
@@ -77,7 +77,7 @@ def test_wrong_tensor(cell, name, change):
     """Rank, sizes, dtype, layout, device of each tensor."""
     call = valid(cell)
     if name not in call.tensors:
-        assert name in ("c0", "weight_hr", "weight_ch")
+        assert name in ("c0", "weight_hr", "weight_ch", "weight_ln")
         return
     call.tensors[name] = WRONG[change](call.tensors[name])
     if (name, change) in ALLOWED:
@@ -127,11 +127,12 @@ def test_missing_projection():
 
 def test_tensor_the_cell_does_not_have(cell):
     """A cell state or a projection where there is none."""
-    if REFERENCES[cell].num_states == 2:
+    if REFERENCES[cell].has_projection:
         return
     call = valid(cell)
-    call.tensors["c0"] = torch.zeros(N, H, dtype=torch.float64)
-    refuse(call, "c0")
+    if REFERENCES[cell].num_states == 1:
+        call.tensors["c0"] = torch.zeros(N, H, dtype=torch.float64)
+        refuse(call, "c0")
     call = valid(cell)
     call.tensors["weight_hr"] = torch.zeros(H, H, dtype=torch.float64)
     refuse(call, "weight_hr")
@@ -282,6 +283,8 @@ def test_sizes_that_overflow(cell, sizes, match, states):
     tensors["weight_hh"] = expanded(gates * size["H"], size["H"])
     if REFERENCES[cell].num_peepholes:
         tensors["weight_ch"] = expanded(REFERENCES[cell].num_peepholes * size["H"])
+    if REFERENCES[cell].is_normalized:
+        tensors["weight_ln"] = expanded(REFERENCES[cell].num_norm_vectors * size["H"])
     call = Call(cell, tensors)
     with pytest.raises(ERRORS, match=match):
         call(call.op())
@@ -306,7 +309,7 @@ def test_rows_of_a_packed_batch_that_overflow(cell):
 
 NUM_GRADS = 3
 BACKWARD_NAMES = ["grad_output", "grad_h_n", "grad_c_n", *TENSORS[:8], "batch_sizes", "lengths", "resets", "reverse"]
-BACKWARD_NAMES += ["weight_ch", *MASKS, "gates", "cells", "hidden", "needs"]
+BACKWARD_NAMES += ["weight_ch", *MASKS, "weight_ln", "gates", "cells", "hidden", "needs"]
 
 
 def test_backward_op_accepts_its_own_arguments(cell):
@@ -370,7 +373,7 @@ def test_wrong_masks(cell, name, change):
     """Masks of other shapes or dtypes; zoneout of a state that the cell has not."""
     call = valid(cell)
     if REFERENCES[cell].num_states == 2 and name != "recurrent_mask":  # these do not go with a projection
-        del call.tensors["weight_hr"]
+        call.tensors.pop("weight_hr", None)
         call.tensors |= {
             "h0": torch.randn(N, H, dtype=torch.float64),
             "weight_hh": torch.randn_like(call.tensors["weight_ih"][:, :1]).expand(-1, H).contiguous(),
@@ -393,11 +396,19 @@ def test_masks_with_a_projection():
         refuse(call, f"{name}: not with weight_hr")
 
 
-def test_missing_and_superfluous_peepholes():
-    """A cell with peepholes needs their weights, another has none."""
-    call = valid("lstm_peephole")
-    weight_ch = call.tensors.pop("weight_ch")
-    refuse(call, r"weight_ch: expected the weights of the peepholes, \[V\*H\], got None")
+@pytest.mark.parametrize(
+    ("cell_with", "name", "what", "weights"),
+    [
+        ("lstm_peephole", "weight_ch", "peepholes", "the peepholes"),
+        ("lstm_layer_norm", "weight_ln", "layer normalization", "layer normalization"),
+        ("gru_layer_norm", "weight_ln", "layer normalization", "layer normalization"),
+    ],
+)
+def test_missing_and_superfluous_extras(cell_with, name, what, weights):
+    """A cell with peepholes or layer normalization needs their weights, another has none."""
+    call = valid(cell_with)
+    extra = call.tensors.pop(name)
+    refuse(call, rf"{name}: expected the weights of {weights}, \[V\*H\], got None")
     call = valid("lstm")
-    call.tensors["weight_ch"] = weight_ch
-    refuse(call, "weight_ch: this cell has no peepholes; expected None")
+    call.tensors[name] = extra
+    refuse(call, f"{name}: this cell has no {what}; expected None")

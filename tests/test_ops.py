@@ -26,13 +26,17 @@ VARIANTS = {
     "mask_projected": Case("", N=2, T=3, I=2, H=3, P=2, masks=frozenset(MASKS[:1])),
 }
 
-HAS_FACTORS = [c["name"] for c in _C.cells() if not (c["num_late_gates"] or c["num_peepholes"])]
+HAS_FACTORS = [
+    c["name"] for c in _C.cells() if not (c["num_late_gates"] or c["num_peepholes"] or c["num_norm_vectors"])
+]
 
 
 def variant_call(name: str, cell: str, dtype: torch.dtype = torch.float64) -> Call:
     values = vars(VARIANTS[name]) | {"cell": cell}
     if REFERENCES[cell].num_states == 1:
-        values |= {"P": None, "masks": values["masks"] - {"zoneout_c"}}
+        values |= {"masks": values["masks"] - {"zoneout_c"}}
+    if not REFERENCES[cell].has_projection:
+        values |= {"P": None}
     return Case(**values).call(dtype)
 
 
@@ -76,10 +80,10 @@ def test_opcheck_internal(cell, device, variant):
 
 
 @pytest.mark.parametrize("leading", [(), (5,)], ids=str)
-def test_sample_products(leading):
+def test_sample_products(leading, device):
     """One product for each of three examples, of any strides; other shapes are refused."""
     op = torch.ops.rnnfast._sample_products
-    left, right = torch.randn(*leading, 4, 6).transpose(-1, -2), torch.randn(*leading, 6, 2)
+    left, right = torch.randn(*leading, 4, 6).transpose(-1, -2).to(device), torch.randn(*leading, 6, 2).to(device)
     torch.library.opcheck(op, (left, right, 3), test_utils=("test_schema", "test_faketensor"))
     left_rows, right_rows = (t.reshape(-1, 3, t.shape[-1]) for t in (left, right))
     want = torch.einsum("rbj,rbk->bjk", left_rows, right_rows)
@@ -103,7 +107,7 @@ def test_backward_factors_with_all_c(kernel, name, batch):
     """The same with a gradient of all c: of few rows, whose weights are read in place, and of many."""
     for options in ({}, {"P": 3, "reverse": True}, {"lengths": (3,) * batch, "resets": True}):
         call = Case(name, T=4, N=batch, H=17, **options).call().on(kernel)
-        grad_all_c = cotangent(torch.empty(4, batch, 17, dtype=torch.float64))
+        grad_all_c = cotangent(torch.empty(4, batch, 17, dtype=torch.float64, device=kernel))
         check_factors(name, call, grad_all_c=grad_all_c)
 
 
@@ -141,7 +145,7 @@ def test_gradcheck(cell, kernel, variant):
 def test_gradgradcheck_every_entry(cell, device):
     """The whole second-order Jacobian, not a random projection of it."""
     call = (
-        Case(cell, N=2, T=2, I=1, H=2, P=1 if REFERENCES[cell].num_states == 2 else None).call().on(device).with_grad()
+        Case(cell, N=2, T=2, I=1, H=2, P=1 if REFERENCES[cell].has_projection else None).call().on(device).with_grad()
     )
     names = list(call.tensors)
 
@@ -220,9 +224,9 @@ def test_some_outputs_used(cell, kernel, variant, used):
 @pytest.mark.parametrize("wanted", DIFFERENTIABLE)
 def test_gradient_of_one_tensor_alone(cell, kernel, wanted):
     """Each gradient by itself is the one computed with all the others."""
-    call = Case(cell, T=5, N=7, I=9, H=17, P=8 if REFERENCES[cell].num_states == 2 else None).call().on(kernel)
+    call = Case(cell, T=5, N=7, I=9, H=17, P=8 if REFERENCES[cell].has_projection else None).call().on(kernel)
     if wanted not in call.tensors:
-        assert wanted in ("c0", "weight_hr", "weight_ch")
+        assert wanted in ("c0", "weight_hr", "weight_ch", "weight_ln")
         return
     alone = evaluate(call.with_grad(wanted), call.op())
     together = evaluate(call.with_grad(), call.op())
@@ -273,7 +277,7 @@ def test_strides_of_incoming_gradients(cell, kernel, kind):
 @pytest.mark.parametrize("changed", ["input", "h0", "c0", "weight_ih", "weight_hh", "weight_hr"])
 def test_in_place_change_is_detected(cell, device, changed):
     """What backward reads must not have changed since forward: torch says so instead of giving wrong gradients."""
-    call = Case(cell, P=3 if REFERENCES[cell].num_states == 2 else None).call().on(device).with_grad()
+    call = Case(cell, P=3 if REFERENCES[cell].has_projection else None).call().on(device).with_grad()
     if changed not in call.tensors:
         assert changed in ("c0", "weight_hr")
         return

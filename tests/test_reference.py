@@ -53,7 +53,7 @@ def test_gradients(cell, variant):
         **{
             **vars(VARIANTS[variant]),
             "cell": cell,
-            "P": 1 if reference.CELLS[cell].num_states == 2 and variant != "plain" else None,
+            "P": 1 if reference.CELLS[cell].has_projection and variant != "plain" else None,
         }
     )
     call = case.call().with_grad()
@@ -79,7 +79,7 @@ def test_lengths_are_packing_without_sorting(cell, data):
         N=len(lengths),
         lengths=tuple(lengths),
         reverse=reverse,
-        P=2 if reference.CELLS[cell].num_states == 2 else None,
+        P=2 if reference.CELLS[cell].has_projection else None,
     )
     call = case.call()
     for n, length in enumerate(lengths):
@@ -90,14 +90,12 @@ def test_lengths_are_packing_without_sorting(cell, data):
         assert torch.equal(results["output"][length:, n], torch.zeros(T - length, case.P or case.H).double())
         alone = {name: t[n : n + 1] if name in ("h0", "c0") else t.detach() for name, t in call.tensors.items()}
         state = [alone["h0"], alone.get("c0")]
-        weight_ch = alone.pop("weight_ch", None)
+        extras = {name: alone.pop(name) for name in ("weight_ch", "weight_ln") if name in alone}
         weights = list(alone.values())[1 + sum(s is not None for s in state) :]
         if length == 0:
             torch.testing.assert_close(results["h_n"][n : n + 1], alone["h0"])
             continue
-        single = reference.CELLS[cell](
-            alone["input"][:length, n : n + 1], *state, *weights, reverse=reverse, weight_ch=weight_ch
-        )
+        single = reference.CELLS[cell](alone["input"][:length, n : n + 1], *state, *weights, reverse=reverse, **extras)
         torch.testing.assert_close(results["output"][:length, n : n + 1], single[0])
         torch.testing.assert_close(results["h_n"][n : n + 1], single[1])
     assert all(gradient.isfinite().all() for gradient in results.values())
@@ -116,7 +114,8 @@ def test_resets_cut_the_sequence(cell, reverse):
     results = []
     for index, piece in enumerate(pieces):
         state = (h0, c0) if index == first_met else (None, None)
-        results.append(op(piece, *state, *weights, reverse=reverse, weight_ch=call.tensors.get("weight_ch")))
+        extras = {name: call.tensors.get(name) for name in ("weight_ch", "weight_ln")}
+        results.append(op(piece, *state, *weights, reverse=reverse, **extras))
     torch.testing.assert_close(whole[0], torch.cat([results[0][0], results[1][0]]))
     for name, have, want in zip(OUTPUTS[1:], whole[1:], results[1 - first_met][1:], strict=True):
         torch.testing.assert_close(have, want, msg=lambda m, n=name: f"{n}: {m}")

@@ -28,19 +28,20 @@ struct SequenceForward : SequenceLayout<Cell, T> {
   using Base::kLateGates;
   using Base::kPanelStride;
   using Base::kSlots;
+  using Base::kVectors;
   using Base::ld_h;
   using Base::ld_p;
-  using Base::load_peepholes;
   using Base::load_state;
   using Base::load_units;
+  using Base::load_vectors;
   using Base::N;
   using Base::outside;
   using Base::p;
   using Base::P;
   using Base::pack_bias;
   using Base::pack_gates;
-  using Base::pack_peepholes;
   using Base::pack_projection;
+  using Base::pack_vectors;
   using Base::packed_product;
   using Base::panel_offset;
   using Base::panel_vectors;
@@ -67,7 +68,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
     T* c;                   // [N, ld_h]
     T* h_raw;               // [N, ld_h] h before the projection
     T* late;                // [N, ld_h] what the late gates' product is taken of
-    T* w_ch;                // [kPeepholes, ld_h]
+    T* vectors;             // [kVectors, ld_h]
     T *mask, *masked;       // [N, ld_p] recurrent_mask, and its product with h
     T* gates;               // [chunk_steps * N, gate_row] when they are not kept
     int64_t size;
@@ -83,7 +84,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
       c = arena.take(Cell::kHasCell ? d.N * d.ld_h : 0);
       h_raw = arena.take(d.projected ? d.N * d.ld_h : 0);
       late = arena.take(kLateGates ? d.N * d.ld_h : 0);
-      w_ch = arena.take(Cell::kPeepholes * d.ld_h);
+      vectors = arena.take(kVectors * d.ld_h);
       mask = arena.take(d.p.recurrent_mask ? d.N * d.ld_p : 0);
       masked = arena.take(d.p.recurrent_mask ? d.N * d.ld_p : 0);
       gates = arena.take(d.p.training ? 0 : d.p.plan.chunk_steps * d.N * d.gate_row);
@@ -161,6 +162,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
 
   // One step of panels [panel0, panel1) of the units: recurrent product, cell, and the new state to all its places. A
   // cell with late gates takes two passes: that of the other gates ends with what the late gates' product is taken of.
+  // Of a cell with norms it is the product alone: the cell waits for the whole row (step_rows).
   template <bool kLatePass>
   void step_units(const Scratch& s, const Chunk& chunk, int64_t step, int64_t j0, int64_t j1, int64_t panel0,
                   int64_t panel1) const {
@@ -181,7 +183,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
               for (int64_t i = begin; i < end; ++i) {
                 if constexpr (kLateGates > 0 && !kLatePass)
                   step_late_input(s, step, j + i, v0, v1, c[i]);
-                else
+                else if constexpr (Cell::kNorms == 0)
                   step_cell(s, step, j + i, v0, v1, c[i]);
               }
             },
@@ -206,6 +208,13 @@ struct SequenceForward : SequenceLayout<Cell, T> {
     }
   }
 
+  // The cell of sequences [j0, j1), where it needs whole rows.
+  void step_rows(const Scratch& s, const Chunk& chunk, int64_t step, int64_t j0, int64_t j1) const {
+    const int64_t t = time(step);
+    for (int64_t j = j0; j < min(j1, p.active[t]); ++j)
+      step_cell(s, step, j, 0, unit_vectors, gates_of(s, chunk, t, j));
+  }
+
   // Exactly one of the two where the share is 0 or 1.
   static V mixture(V share, V kept, V made) { return share * kept + (1 - share) * made; }
 
@@ -219,26 +228,46 @@ struct SequenceForward : SequenceLayout<Cell, T> {
     T* all_c = Cell::kHasCell && p.all_c.data ? outside(p.all_c, t, j) : nullptr;
     const T* keep_h = p.keep_h.data ? outside(p.keep_h, t, j) : nullptr;
     const T* keep_c = Cell::kHasCell && p.keep_c.data ? outside(p.keep_c, t, j) : nullptr;
-    for (int64_t v = v0; v < v1; ++v) {
-      const int64_t u = v * kLanes;
-      V slot[kSlots];
-#pragma GCC unroll 8
-      for (int i = 0; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
-      V h, c{}, w[Cell::kPeepholes + 1];
-      load_peepholes(s.w_ch, u, w);
-      Cell::forward(slot, Cell::kHidden == Hidden::kSaved ? load(h_prev + u) : V{},
-                    Cell::kHasCell ? load(cell + u) : V{}, h, c, w);
+    const auto put = [&](int64_t u, V h) {
       if (keep_h) h = mixture(load_units(keep_h, u, H), load(h_prev + u), h);
-      if (keep_c) c = mixture(load_units(keep_c, u, H), load(cell + u), c);
       store(h_next + u, h);
       if (output) store_units(output, u, H, h);
       if (hidden) store(hidden + u, h);
+    };
+    // A cell with norms keeps its products as they are.
+    constexpr int kFirst = Cell::kNorms > 0 ? 2 * kGates : 0;
+    Moments<T> of[2] = {};
+    if constexpr (Cell::kNorms > 0)
+      of[0] = moments<kGates>(Slots<T>{gates, kSlots, Cell::kInput}, H),
+      of[1] = moments<kGates>(Slots<T>{gates, kSlots, Cell::kRecurrent}, H);
+    for (int64_t v = v0; v < v1; ++v) {
+      const int64_t u = v * kLanes;
+      V slot[kSlots];
+#pragma GCC unroll 16
+      for (int i = 0; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
+#pragma GCC unroll 16
+      for (int i = 0; i < kFirst; ++i) slot[i] = of[i / kGates].normal(slot[i]);
+      V h, c{}, w[kVectors + 1];
+      load_vectors(s.vectors, u, w);
+      Cell::forward(slot, Cell::kHidden == Hidden::kSaved ? load(h_prev + u) : V{},
+                    Cell::kHasCell ? load(cell + u) : V{}, h, c, w);
+      if constexpr (Cell::kNorms < 3) put(u, h);
+      if (keep_c) c = mixture(load_units(keep_c, u, H), load(cell + u), c);
       if (Cell::kHasCell) store(cell + u, c);
       if (all_c) store_units(all_c, u, H, c);
-      if (!p.training) continue;
-#pragma GCC unroll 8
-      for (int i = 0; i < kSlots; ++i) store(gates + unit_offset(v, kSlots, i), slot[i]);
-      if (Cell::kHasCell) store(p.cells + row(t, j) * ld_h + u, c);
+      if (!p.training && Cell::kNorms < 3) continue;
+#pragma GCC unroll 16
+      for (int i = kFirst; i < kSlots; ++i) store(gates + unit_offset(v, kSlots, i), slot[i]);
+      if (Cell::kHasCell && p.training) store(p.cells + row(t, j) * ld_h + u, c);
+    }
+    if constexpr (Cell::kNorms == 3) {
+      const Moments<T> of_c = moments<1>(Slots<T>{gates, kSlots, Cell::kC}, H);
+      for (int64_t v = v0; v < v1; ++v) {
+        V slot[kSlots], w[kVectors + 1];
+        for (int i = kFirst; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
+        load_vectors(s.vectors, v * kLanes, w);
+        put(v * kLanes, Cell::output(slot, of_c.normal(slot[Cell::kC]), w));
+      }
     }
   }
 
@@ -288,6 +317,8 @@ struct SequenceForward : SequenceLayout<Cell, T> {
         if constexpr (kLateGates > 0)
           divide(gate_panels,
                  [&](int64_t a, int64_t b) { this->template step_units<true>(s, chunk, step, j0, j1, a, b); });
+        if constexpr (Cell::kNorms > 0)
+          divide(j1 - j0, [&](int64_t a, int64_t b) { step_rows(s, chunk, step, j0 + a, j0 + b); });
         if (projected) divide(column_panels(P), [&](int64_t a, int64_t b) { step_projection(s, step, j0, j1, a, b); });
       }
     }
@@ -302,7 +333,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
     }
     if (projected) pack_projection(p.w_hr, s.w_hr);
     pack_bias(s.bias);
-    pack_peepholes(s.w_ch);
+    pack_vectors(s.vectors);
   }
 
   void run() const {

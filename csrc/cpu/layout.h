@@ -7,6 +7,7 @@
 
 #include "../cells.h"
 #include "../sequence.h"
+#include "norm.h"
 #include "product.h"
 
 namespace rnnfast {
@@ -60,6 +61,7 @@ struct SequenceLayout {
   static constexpr int kPanelVectors = kGates * kPanelUnits;
   // The recurrent gates that take their product of h, and those that take it later (see cells.h): [begin, count).
   static constexpr int kLateGates = Cell::kLateGates, kEarlyGates = kGates - kLateGates;
+  static constexpr int kVectors = Cell::kPeepholes + Cell::kGains;  // of weights by unit: w of the cell
   // Between the panel's vectors in a row of gates.
   static constexpr int64_t kPanelStride = kGates == 1 ? kLanes : kUnits;
   static_assert(kPanelVectors <= kMaxPanel && kSlots >= kGates, "a panel of gates must fit a tile");
@@ -234,10 +236,11 @@ struct SequenceLayout {
     });
   }
 
-  // Both biases in the layout of a row of gates; where a slot meets both products it gets their sum.
+  // Both biases in the layout of a row of gates; where a slot meets both products it gets their sum. A cell with norms
+  // adds them later.
   void pack_bias(T* bias) const {
     zero(bias, gate_row);
-    if (!p.b_ih) return;
+    if (!p.b_ih || Cell::kNorms > 0) return;
     for (int q = 0; q < kGates; ++q)
       for (int64_t u = 0; u < H; ++u) {
         const int64_t at = u / kUnits * kSlots * kUnits + u % kUnits;
@@ -349,16 +352,30 @@ struct SequenceLayout {
 
   // ---- state ----
 
-  // Vectors of weights by which gates see c, padded: [kPeepholes, ld_h].
-  void pack_peepholes(T* to) const {
-    for (int64_t k = 0; k < Cell::kPeepholes; ++k) {
-      copy(to + k * ld_h, p.w_ch + k * H, H);
-      zero(to + k * ld_h + H, ld_h - H);
+  // Where the vectors of weights by unit come from: f(k, from) for vector k and each [H] that adds to it, of w_ch,
+  // w_ln, b_ih and b_hh or what lies as they do. Both biases feed the slot where the products meet.
+  template <typename U, typename F>
+  void each_vector(U* w_ch, U* w_ln, U* b_ih, U* b_hh, F f) const {
+    for (int k = 0; k < Cell::kPeepholes && w_ch; ++k) f(k, w_ch + k * H);
+    if constexpr (Cell::kNorms > 0) {
+      for (int q = 0; q < kGates; ++q) {
+        if (w_ln) f(q, w_ln + Cell::kInputGates[q] * H), f(kGates + q, w_ln + (kGates + Cell::kRecurrentGates[q]) * H);
+        if (b_ih) f(Cell::kMeetInput + q, b_ih + Cell::kInputGates[q] * H);
+        if (b_hh) f(Cell::kMeetRecurrent + q, b_hh + Cell::kRecurrentGates[q] * H);
+      }
+      for (int k = Cell::kC; k < Cell::kGains && w_ln; ++k) f(k, w_ln + (2 * kGates + k - Cell::kC) * H);
     }
   }
+  // Padded: [kVectors, ld_h].
+  void pack_vectors(T* to) const {
+    zero(to, kVectors * ld_h);
+    each_vector(p.w_ch, p.w_ln, p.b_ih, p.b_hh, [&](int k, const T* from) {
+      for (int64_t u = 0; u < H; ++u) to[k * ld_h + u] += from[u];
+    });
+  }
   // Those of the vector of units at u.
-  void load_peepholes(const T* padded_weights, int64_t u, V (&w)[Cell::kPeepholes + 1]) const {
-    for (int k = 0; k < Cell::kPeepholes; ++k) w[k] = load(padded_weights + k * ld_h + u);
+  void load_vectors(const T* vectors, int64_t u, V (&w)[kVectors + 1]) const {
+    for (int k = 0; k < kVectors; ++k) w[k] = load(vectors + k * ld_h + u);
   }
 
   // A vector of units at u of a row that ends after `units`.
