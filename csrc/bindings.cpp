@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "decoder.h"
 #include "sequence.h"
 #ifdef RNNFAST_CUDA
 #include "cuda/binding.h"
@@ -194,6 +195,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("table"));
   m.def("explain", &explain, py::arg("cell"), py::arg("T"), py::arg("N"), py::arg("I"), py::arg("H"), py::arg("P"),
         py::arg("dtype"), py::arg("training"), py::arg("threads"), py::arg("device") = py::none());
+  bind_decoder(m);
 }
 
 }  // namespace rnnfast

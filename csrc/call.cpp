@@ -4,15 +4,14 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <memory>
+#include <iterator>
 #include <numeric>
+#include <type_traits>
 #include <utility>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
-
-#include "step.h"
 
 #ifdef RNNFAST_CUDA
 #include "cuda/binding.h"
@@ -79,11 +78,9 @@ class Scratch {
     // Tests have uninitialized memory filled, and want this filled too.
     keeps_ = options.device().is_cpu() && !(at::globalContext().deterministicAlgorithms() &&
                                             at::globalContext().deterministicFillUninitializedMemory());
-    if (keeps_ && kept_.defined() && kept_.numel() >= bytes_)
-      memory_ = std::move(kept_);
-    else
-      memory_ = empty({bytes_}, options.dtype(at::kByte));
-    if (keeps_) kept_ = Tensor();
+    if (keeps_ && kept_.defined() && kept_.numel() >= bytes_) memory_ = std::move(kept_);
+    if (keeps_) kept_ = Tensor();  // before there is more
+    if (!memory_.defined()) memory_ = empty({bytes_}, options.dtype(at::kByte));
   }
   ~Scratch() {
     if (keeps_ && memory_.numel() <= kMostKept) kept_ = std::move(memory_);
@@ -112,8 +109,10 @@ Call::Call(int index, RNNFAST_ARGUMENTS)
       cell_(table_.cells[index]),
       index_(index),
       reverse_(reverse),
+      recompute_(recompute),
       is_tokens_(input.scalar_type() == at::kLong) {
   check_dtype_and_device(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr);
+  TORCH_CHECK_NOT_IMPLEMENTED(!recompute || device_.is_cpu(), what("recompute"), "only on the CPU, got ", device_);
   TORCH_CHECK_VALUE(weight_ih.dim() == 2, what("weight_ih"), "expected 2 dimensions [G*H, I], got ", weight_ih.sizes());
   TORCH_CHECK_VALUE(weight_hh.dim() == 2, what("weight_hh"), "expected 2 dimensions [G*H, P], got ", weight_hh.sizes());
   const int64_t G = cell_.gates;
@@ -179,7 +178,11 @@ SavingOutputsAllC Call::forward(bool save, bool with_all_c) {
   Tensor h_n = at::empty({size_.N, size_.P}, options);
   Tensor c_n = cell_.has_cell ? at::empty({size_.N, size_.H}, options) : none(options);
   Tensor gates = none(saved_options), cells = none(saved_options), hidden = none(saved_options);
-  if (save) {
+  if (save && recompute_) {
+    const int64_t rows = (num_parts() - 1) * size_.N;
+    if (cell_.has_cell) cells = empty({rows, size_.H}, saved_options);
+    hidden = empty({rows, size_.P}, saved_options);
+  } else if (save) {
     const int64_t block = 64 / c10::elementSize(compute_), steps = size_.T * size_.N;
     const auto saved = [&](int64_t units, int64_t slots) {
       return empty({is_packed_ ? size_.R : steps, (units + block - 1) / block * block * slots}, saved_options);
@@ -190,23 +193,29 @@ SavingOutputsAllC Call::forward(bool save, bool with_all_c) {
   }
   fill_rows();
   const auto run = [&](auto types, const auto& driver) {
+    using T = typename decltype(types)::T;
     using E = typename decltype(types)::E;
-    auto p = params<typename decltype(types)::T, E>(false);
-    p.training = save;
+    auto p = params<T, E>(false);
+    p.training = save && !recompute_;
     p.output = {mutable_data<E>(output), size_.N * size_.P, size_.P};
     p.h_n = mutable_data<E>(h_n);
     p.c_n = cell_.has_cell ? mutable_data<E>(c_n) : nullptr;
     if (with_all_c) p.all_c = {mutable_data<E>(all_c), size_.N * size_.H, size_.H};
     set_saved(p, gates, cells, hidden);
-    run_driver(p, driver.forward_scratch, driver.forward);
+    run_driver(p, driver.forward_scratch, [&](const SequenceParams<T, E>& all) {
+      if constexpr (std::is_same_v<T, E>)
+        if (save && recompute_) return forward_in_parts(all, driver, cells, hidden);
+      driver.forward(all);
+    });
   };
   dispatch(run);
-  if (with_all_c) all_c = all_c.to(dtype_);
-  return {output.to(dtype_), h_n.to(dtype_), c_n.to(dtype_), gates, cells, hidden, all_c};
+  if (with_all_c) all_c = as(all_c, dtype_);
+  return {as(output, dtype_), as(h_n, dtype_), as(c_n, dtype_), gates, cells, hidden, all_c};
 }
 
-Tensor Call::step(const Tensor& input) {
-  if (!output_.defined()) {
+const Tensor& Call::step(const Tensor& input, bool packs) {
+  const bool is_first = !output_.defined();
+  if (is_first) {
     const auto options = input_.options().dtype(storage_);
     const auto own = [&](const Tensor& t, int64_t units) {
       return t.defined() ? t.clone() : at::zeros({size_.N, units}, options);
@@ -226,17 +235,35 @@ Tensor Call::step(const Tensor& input) {
     using T = typename decltype(types)::T;
     using E = typename decltype(types)::E;
     auto p = params<T, E>(false);
+    if (is_first) step_plan_ = p.plan, step_plan_.packed = packs;
+    p.plan = step_plan_;  // what the scratch holds was made for it
+    p.is_first_part = is_first || !packs;
     p.output = {mutable_data<E>(output_), size_.N * size_.P, size_.P};
     p.h_n = mutable_data<E>(h0_);  // the driver reads the old state before it writes the new one
     p.c_n = cell_.has_cell ? mutable_data<E>(c0_) : nullptr;
-    if (!scratch_.defined()) scratch_ = empty({driver.forward_scratch(p)}, output_.options().dtype(compute_));
+    if (is_first) scratch_ = empty({driver.forward_scratch(p)}, output_.options().dtype(compute_));
     p.scratch = mutable_data<T>(scratch_);
     driver.forward(p);
   });
+  if (packs) weight_ih_ = weight_hh_ = Tensor();
   if (dtype_ == storage_) return output_;
   h0_.copy_(h0_.to(dtype_));  // between steps the state has the precision of its dtype
   if (cell_.has_cell) c0_.copy_(c0_.to(dtype_));
-  return output_.to(dtype_);
+  return result_ = output_.to(dtype_);
+}
+
+void Call::set_state(const MaybeTensor& h, const MaybeTensor& c) {
+  const auto set = [](Tensor& to, const MaybeTensor& from) { has(from) ? to.copy_(*from) : to.zero_(); };
+  set(h0_, h);
+  if (cell_.has_cell) set(c0_, c);
+}
+
+void Call::reset(const bool* where) {
+  for (int64_t n = 0; n < size_.N; ++n) {
+    if (!where[n]) continue;
+    h0_.select(0, n).zero_();
+    if (cell_.has_cell) c0_.select(0, n).zero_();
+  }
 }
 
 Gradients Call::backward(const MaybeTensor& grad_output, const MaybeTensor& grad_h_n, const MaybeTensor& grad_c_n,
@@ -262,15 +289,17 @@ Gradients Call::backward(const MaybeTensor& grad_output, const MaybeTensor& grad
   check_gradient("grad_all_c", grad_all_c, output_dims);
   const int64_t block = 64 / c10::elementSize(compute_), saved_rows = is_packed_ ? z.R : z.T * z.N;
   const auto check_saved = [&](const char* argument, const Tensor& t, bool kept, int64_t units, int64_t slots) {
-    const int64_t count = kept ? saved_rows * ((units + block - 1) / block * block) * slots : 0;
+    const int64_t count = !kept        ? 0
+                          : recompute_ ? (num_parts() - 1) * z.N * units
+                                       : saved_rows * ((units + block - 1) / block * block) * slots;
     TORCH_CHECK_VALUE(
         t.scalar_type() == compute_ && t.is_contiguous() && t.device() == input_.device() && t.numel() == count,
         what(argument), "expected what _", cell_.name, "_forward returned, ", count, " elements of ", compute_,
         ", got ", t.scalar_type(), " of shape ", t.sizes());
   };
-  check_saved("gates", gates, true, z.H, cell_.slots);
+  check_saved("gates", gates, !recompute_, z.H, cell_.slots);
   check_saved("cells", cells, cell_.has_cell, z.H, 1);
-  check_saved("hidden", hidden, saves_hidden(), z.P, 1);
+  check_saved("hidden", hidden, recompute_ || saves_hidden(), z.P, 1);
 
   const auto options = input_.options().dtype(storage_);
   std::vector<int64_t> input_shape = outer_;
@@ -310,7 +339,7 @@ Gradients Call::backward(const MaybeTensor& grad_output, const MaybeTensor& grad
     using T = typename decltype(types)::T;
     using E = typename decltype(types)::E;
     auto p = params<T, E>(true);
-    set_saved(p, gates, cells, hidden);
+    if (!recompute_) set_saved(p, gates, cells, hidden);
     p.doutput = view<E>(doutput);
     p.dall_c = view<E>(dall_c);
     p.dh_n = data<E>(dh_n), p.dc_n = data<E>(dc_n);
@@ -329,10 +358,12 @@ Gradients Call::backward(const MaybeTensor& grad_output, const MaybeTensor& grad
       p.dw_hr = target(7, weight_hr_.defined());
       p.dw_ch = target(8, weight_ch_.defined()), p.dw_ln = target(9, weight_ln_.defined());
     }
+    if constexpr (std::is_same_v<T, E>)
+      if (recompute_) return backward_in_parts(p, driver, cells, hidden);
     run_driver(p, driver.backward_scratch, driver.backward);
   };
   dispatch(run);
-  for (int i = 0; i < (factors ? kFirstWeight : kNumGradients); ++i) grad[i] = grad[i].to(dtype_);
+  for (int i = 0; i < (factors ? kFirstWeight : kNumGradients); ++i) grad[i] = as(grad[i], dtype_);
   return std::apply([&](auto&... g) { return Gradients(g...); }, grad);
 }
 
@@ -554,7 +585,7 @@ void Call::fill_rows() {
 }
 
 Tensor Call::rows(const Tensor& t) const {
-  const Tensor stored = t.to(storage_);
+  const Tensor stored = as(t, storage_);
   return stored.size(-1) > 1 && stored.stride(-1) != 1 ? stored.contiguous() : stored;
 }
 
@@ -566,6 +597,7 @@ SequenceParams<T, E> Call::params(bool backward) const {
   if (is_tokens_) work.I = 1;  // a look-up, whatever the vocabulary
   p.plan = make_plan(work, cell_, at::in_parallel_region() ? 1 : at::get_num_threads(), backward);
   p.reverse = reverse_;
+  p.is_first_part = p.is_last_part = true;
   p.is_packed = is_packed_;
   p.parallel_for = [](int64_t n, int threads, void* context, void (*body)(void*, int64_t, int64_t)) {
     at::parallel_for(0, n, (n + threads - 1) / threads, [&](int64_t begin, int64_t end) { body(context, begin, end); });
@@ -623,31 +655,80 @@ void Call::dispatch(const Run& run) const {
     run(Types<float, BFloat16>{}, table_.bf16[index_]);
 }
 
-namespace {
+int64_t Call::part_steps() const {
+  // Few steps keep little, but each part must have rows for its products. ops.py computes it too.
+  constexpr int64_t kSteps = 8, kRows = 512;
+  return std::max(kSteps, kRows / std::max<int64_t>(size_.N, 1));
+}
 
-class CallStepper : public Stepper {
- public:
-  explicit CallStepper(Call call) : call_(std::move(call)) {}
-  Tensor step(const Tensor& input) override { return call_.step(input); }
-  Tensor h() const override { return call_.last_h(); }
-  Tensor c() const override { return call_.last_c(); }
+template <typename T>
+SequenceParams<T> Call::part(SequenceParams<T> p, int64_t i) const {
+  const int64_t at = reverse_ ? num_parts() - 1 - i : i;
+  const int64_t t0 = at * part_steps(), t1 = std::min(t0 + part_steps(), size_.T);
+  p.size.T = t1 - t0;
+  p.size.R = first_row_[t1 - 1] + active_[t1 - 1] - first_row_[t0];
+  p.has_step_after = t1 < size_.T;
+  p.active += t0, p.first_row += t0;
+  if (p.resets) p.resets += t0 * size_.N;
+  const auto begin_at = [&](auto&... rows) { ((rows.data = rows.data ? rows.data + t0 * rows.step : nullptr), ...); };
+  if (!is_packed_)  // else first_row says it
+    begin_at(p.input, p.tokens, p.keep_h, p.keep_c, p.output, p.all_c, p.doutput, p.dall_c, p.dinput, p.dgates_ih,
+             p.dgates_hh, p.h_prev, p.dprojected, p.h_raw);
+  return p;
+}
 
- private:
-  Call call_;
-};
+template <typename T>
+T* Call::after_part(const Tensor& states, int64_t i) const {
+  return states.numel() ? static_cast<T*>(states.data_ptr()) + i * size_.N * states.size(-1) : nullptr;
+}
 
-}  // namespace
+template <typename T>
+void Call::forward_in_parts(const SequenceParams<T>& p, const Driver<T>& driver, const Tensor& cells,
+                            const Tensor& hidden) const {
+  for (int64_t i = 0, count = num_parts(); i < count; ++i) {
+    SequenceParams<T> one = part(p, i);
+    if (i > 0) one.h0 = after_part<T>(hidden, i - 1), one.c0 = after_part<T>(cells, i - 1);
+    if (i + 1 < count) one.h_n = after_part<T>(hidden, i), one.c_n = after_part<T>(cells, i);
+    one.is_first_part = i == 0;
+    driver.forward(one);
+  }
+}
 
-std::unique_ptr<Stepper> make_stepper(const std::string& cell, const Tensor& input, const MaybeTensor& h0,
-                                      const MaybeTensor& c0, const std::vector<MaybeTensor>& weights) {
-  const DriverTable& table = drivers();
-  const auto* end = table.cells + table.num_cells;
-  const auto* found = std::find_if(table.cells, end, [&](const CellInfo& info) { return cell == info.name; });
-  TORCH_CHECK_VALUE(found != end, "cell: expected one of this build, got ", cell);
-  return std::make_unique<CallStepper>(Call(static_cast<int>(found - table.cells), input, h0, c0, *weights.at(0),
-                                            *weights.at(1), weights.at(2), weights.at(3), weights.at(4), std::nullopt,
-                                            std::nullopt, std::nullopt, false, weights.at(5), std::nullopt,
-                                            weights.at(6), weights.at(7), weights.at(8)));
+template <typename T>
+void Call::backward_in_parts(const SequenceParams<T>& p, const Driver<T>& driver, const Tensor& cells,
+                             const Tensor& hidden) const {
+  const auto options = input_.options().dtype(compute_);
+  const int64_t count = num_parts();
+  SequenceParams<T> backward = p, forward = params<T, T>(false);
+  forward.training = true;
+  const auto pad = [](int64_t units) { return (units + kBlock<T> - 1) / kBlock<T> * kBlock<T>; };
+  const int64_t rows = std::min(part_steps(), size_.T) * size_.N;
+  const int64_t sizes[] = {driver.backward_scratch(backward), driver.forward_scratch(forward),
+                           rows * pad(size_.H) * cell_.slots, cell_.has_cell ? rows * pad(size_.H) : 0,
+                           saves_hidden() ? rows * pad(size_.P) : 0};
+  const Scratch scratch(std::accumulate(std::begin(sizes), std::end(sizes), int64_t{0}), options);
+  backward.scratch = scratch.data<T>();
+  forward.scratch = backward.scratch + sizes[0];
+  forward.gates = forward.scratch + sizes[1];
+  forward.cells = forward.gates + sizes[2];
+  forward.hidden = saves_hidden() ? forward.cells + sizes[3] : nullptr;
+  backward.gates = forward.gates, backward.cells = forward.cells, backward.hidden = forward.hidden;
+
+  // The gradient of the state, from part to part.
+  const Tensor dh = count > 1 ? at::empty({size_.N, size_.P}, options) : Tensor();
+  const Tensor dc = count > 1 && cell_.has_cell ? at::empty({size_.N, size_.H}, options) : Tensor();
+  const auto memory = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
+  for (int64_t i = count - 1; i >= 0; --i) {
+    SequenceParams<T> again = part(forward, i), one = part(backward, i);
+    if (i > 0) again.h0 = after_part<T>(hidden, i - 1), again.c0 = after_part<T>(cells, i - 1);
+    one.h0 = again.h0, one.c0 = again.c0;
+    if (i + 1 < count) one.dh_n = memory(dh), one.dc_n = memory(dc);
+    if (i > 0) one.dh0 = memory(dh), one.dc0 = memory(dc);
+    again.is_first_part = one.is_first_part = i + 1 == count;
+    one.is_last_part = i == 0;
+    driver.forward(again);
+    driver.backward(one);
+  }
 }
 
 }  // namespace rnnfast

@@ -28,7 +28,7 @@ class Members {
 
   const int index_;
   const int64_t count_;
-  const bool is_tokens_, reverse_;
+  const bool is_tokens_, reverse_, recompute_;
   MaybeTensor batch_sizes_;
   std::array<MaybeTensor, 15> tensors_;  // those with a gradient first
 };

@@ -31,7 +31,7 @@ constexpr const char* kSchemaArguments =
     "Tensor input, Tensor? h0, Tensor? c0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
     "Tensor? weight_hr, Tensor? batch_sizes=None, Tensor? lengths=None, Tensor? resets=None, bool reverse=False, "
     "Tensor? weight_ch=None, Tensor? recurrent_mask=None, Tensor? zoneout_h=None, Tensor? zoneout_c=None, "
-    "Tensor? weight_ln=None";
+    "Tensor? weight_ln=None, bool recompute=False";
 
 bool has_factors(const CellInfo& cell) {
   return cell.late_gates == 0 && cell.peepholes == 0 && cell.norm_vectors == 0;
@@ -96,6 +96,7 @@ class Autograd : public torch::autograd::Function<Autograd> {
                             maybe(weight_ln)});
     ctx->saved_data["index"] = index;
     ctx->saved_data["reverse"] = reverse;
+    ctx->saved_data["recompute"] = recompute;
     ctx->set_materialize_grads(false);
     if (!drivers().cells[index].has_cell) ctx->mark_non_differentiable({c_n});
     if (with_all_c) return {output, h_n, c_n, all_c};
@@ -117,15 +118,16 @@ class Autograd : public torch::autograd::Function<Autograd> {
     for (int i = 1; i < 4; ++i) next(kSavedExtra + i);  // the masks
     needs[kPlain + 1] = next(kSavedExtra + 4);
     constexpr int kFirst = 2;  // index, with_all_c, then the arguments
-    variable_list result(kFirst + 17);
+    variable_list result(kFirst + 18);
     if (std::none_of(grad.begin(), grad.end(), [](const Tensor& g) { return g.defined(); })) return result;
     const auto call = [&] {
       return Operators::of(ctx->saved_data["index"].toInt())
           .backward.call(maybe(grad[0]), maybe(grad[1]), maybe(grad[2]), saved[0], maybe(saved[1]), maybe(saved[2]),
                          saved[3], saved[4], maybe(saved[5]), maybe(saved[6]), maybe(saved[7]), maybe(saved[8]),
                          maybe(saved[9]), maybe(saved[10]), ctx->saved_data["reverse"].toBool(), maybe(saved[14]),
-                         maybe(saved[15]), maybe(saved[16]), maybe(saved[17]), maybe(saved[18]), saved[11], saved[12],
-                         saved[13], needs, grad.size() > 3 ? maybe(grad[3]) : std::nullopt);
+                         maybe(saved[15]), maybe(saved[16]), maybe(saved[17]), maybe(saved[18]),
+                         ctx->saved_data["recompute"].toBool(), saved[11], saved[12], saved[13], needs,
+                         grad.size() > 3 ? maybe(grad[3]) : std::nullopt);
     };
     // With create_graph the call is itself differentiable (ops.py); else autograd is skipped.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below;

@@ -95,9 +95,14 @@ template <typename T, typename E = T>
 struct SequenceParams {
   Sizes size;
   Plan plan;
-  bool reverse;    // time runs backwards
-  bool training;   // forward keeps gates, cells, hidden
-  bool is_packed;  // input and output are [R, ...], see Rows
+  bool reverse;   // time runs backwards
+  bool training;  // forward keeps gates, cells, hidden
+  // A sequence may be taken in parts, one call each, that share plan and scratch: the first makes of the weights what
+  // the others find there, and of their gradients the last stores the sums of all. A part is described as a sequence,
+  // but first_row goes on counting.
+  bool is_first_part, is_last_part;
+  bool has_step_after;  // step T, which is not this part's, follows in time
+  bool is_packed;       // input and output are [R, ...], see Rows
   ParallelFor parallel_for;
   Device device;  // of a GPU driver
 
@@ -116,7 +121,7 @@ struct SequenceParams {
   const E* recurrent_mask;             // [N, P] multiplies h where it enters the recurrent product
   Rows<const E> keep_h, keep_c;        // [T, N, H] the share of the old state that stays (zoneout); not if projected
 
-  Rows<E> output;  // [T, N, P], = ; forward only
+  Rows<E> output;  // [T, N, P], = ; forward only; null where only what is kept is wanted
   Rows<E> all_c;   // [T, N, H], = ; forward only
   E *h_n, *c_n;    // [N, P], [N, H], =
   T* gates;        // [R, blocks(H), slots, kBlock], kept for backward

@@ -147,8 +147,8 @@ def run_layers(
     with one state, None, and with ``return_cells`` the last layer's c of all steps, last dimension ``D*H``, else None.
     """
     op, all_c_op, num_gates, num_peepholes, num_norm_vectors = KERNELS[layer._variant or layer.mode]
-    is_special = num_peepholes or num_norm_vectors or layer.zoneout or layer.recurrent_dropout
-    extras: tuple[Tensor | None, ...] = ()
+    is_special = num_peepholes or num_norm_vectors or layer.zoneout or layer.recurrent_dropout or layer.recompute
+    extras: tuple[Any, ...] = ()
     gate_size = num_gates * layer.hidden_size
     directions = 2 if layer.bidirectional else 1
     dropout = layer.dropout if layer.training else 0.0
@@ -188,10 +188,10 @@ def run_layers(
     return steps, torch.stack(h_ns), None if all_c_op is None else torch.stack(c_ns), all_cells
 
 
-def _extras(
-    layer: Layer, d: int, steps: Tensor, batch_sizes: Tensor | None, weight_hh: Tensor
-) -> tuple[Tensor | None, ...]:
-    """What plain calls do not have: weight_ch, recurrent_mask, zoneout_h, zoneout_c and weight_ln of direction ``d``.
+def _extras(layer: Layer, d: int, steps: Tensor, batch_sizes: Tensor | None, weight_hh: Tensor) -> tuple[Any, ...]:
+    """What plain calls do not have: weight_ch, recurrent_mask, zoneout_h, zoneout_c, weight_ln and recompute.
+
+    Of direction ``d``.
 
     Masks are drawn from torch's generator, first that of recurrent dropout, then of h, then of c.
     """
@@ -213,7 +213,7 @@ def _extras(
             masks.append(weight_hh.new_empty(shape).bernoulli_(probability))
         else:
             masks.append(weight_hh.new_full(shape[-1:], probability).expand(shape))
-    return weight_ch, recurrent_mask, *masks, weight_ln
+    return weight_ch, recurrent_mask, *masks, weight_ln, layer.recompute
 
 
 def _extra_weights(layer: Layer, d: int) -> tuple[Tensor | None, Tensor | None]:

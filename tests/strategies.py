@@ -66,9 +66,9 @@ class Call:
         return self.options | {name: self.tensors[name] for name in extras}
 
     def everything(self) -> list[Any]:
-        """All seventeen arguments of the schema."""
+        """All arguments of the schema."""
         order: dict[str, Any] = {"batch_sizes": None, "lengths": None, "resets": None, "reverse": False}
-        order |= dict.fromkeys(("weight_ch", *MASKS, "weight_ln"))
+        order |= dict.fromkeys(("weight_ch", *MASKS, "weight_ln")) | {"recompute": False}
         return [*self.positional(), *(order | self.keywords()).values()]
 
     def op(self) -> Callable[..., tuple[Tensor, ...]]:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from agreement import assert_as_accurate, assert_same, cotangent
+from agreement import assert_as_accurate, assert_same, cotangent, evaluate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import IGNORE_TORCH, LAYERS, pair, tensors_of
@@ -247,6 +247,15 @@ def test_kinds_of_lengths(lengths):
     assert torch.equal(layer(x, lengths=lengths)[0], layer(x, lengths=torch.tensor([3, 1]))[0])
     for dtype in (torch.uint8, torch.int8, torch.int16):
         assert torch.equal(layer(x, lengths=torch.tensor([3, 1], dtype=dtype))[0], layer(x, lengths=lengths)[0])
+
+
+@pytest.mark.few_cells
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("lengths", [(10, *(0,) * 69), (0, 2, *(0,) * 68)], ids=["ten", "two"])
+def test_few_real_rows_in_many_steps(cell, lengths, reverse):
+    """So few rows would have their weights read in place, were the steps not too many for one sum of gradients."""
+    call = Case(cell, T=19, N=70, lengths=lengths, reverse=reverse).call().with_grad()
+    assert_same(evaluate(call, call.op()), evaluate(call, call.reference()))
 
 
 def test_empty_batch():

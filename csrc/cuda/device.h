@@ -78,7 +78,7 @@ template <int kNumber>
 RNNFAST_FUNCTION void group_arrive(bool cluster, unsigned* arrived) {
   if (cluster) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
   } else {
     __syncthreads();
@@ -92,7 +92,7 @@ template <int kNumber>
 RNNFAST_FUNCTION void group_wait(bool cluster, unsigned* arrived, unsigned expected) {
   if (cluster) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
   } else {
     if (threadIdx.x == 0) {
