@@ -266,10 +266,13 @@ def _layer_norm(a: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
 
     LN(a) = (a - mean(a)) / sqrt(var(a) + 1e-5), times the gain, plus the bias
 
-    Written out, not torch's operation: that has no derivative of every kind in every transform.
+    Written out, not torch's operation: that has no derivative of every kind in every transform. As there, the 16-bit
+    types take the statistics in float32.
     """
-    deviation = a - a.mean(-1, keepdim=True)
-    scaled = gain * (deviation * (deviation.square().mean(-1, keepdim=True) + 1e-5).rsqrt())
+    wide = a.float() if a.dtype in (torch.bfloat16, torch.float16) else a
+    deviation = wide - wide.mean(-1, keepdim=True)
+    normal = deviation * (deviation.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    scaled = gain * normal.to(a.dtype)
     return scaled if bias is None else scaled + bias
 
 

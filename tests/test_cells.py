@@ -40,7 +40,7 @@ def check_accuracy(case: Case, dtype: torch.dtype, device: str) -> None:
     """The tolerance rule; where torch.nn has no such option, ATen's operations one by one stand for it."""
     call = case.call(dtype)
     ours = evaluate(call.on(device).with_grad(*case.leaves()), call.op())
-    assert_as_accurate(ours, *torch_and_exact(case, dtype))
+    assert_as_accurate(ours, *torch_and_exact(case, dtype), floors=1 + reference.CELLS[case.cell].is_normalized)
 
 
 @lru_cache(maxsize=1024)
@@ -135,6 +135,8 @@ def test_saturation(cell, kernel, scale):
 @pytest.mark.parametrize("where", ["input", "h0", "weight_ih", "weight_hh", "bias_hh"])
 def test_special_values_pass_as_in_torch(cell, kernel, where, value):
     """NaN stays NaN, infinities saturate, denormals are harmless: the same class of number in the same places."""
+    if reference.CELLS[cell].is_normalized and value == 3e38:
+        value = 1e30  # whether a sum of larger ones overflows depends on its order
     call = Case(cell, T=3, N=9, I=4, H=33).call(torch.float32)
     call.tensors[where].view(-1)[call.tensors[where].numel() // 2] = value
     ours = call.on(kernel)(call.op())
