@@ -61,6 +61,17 @@ CASES: tuple[Case, ...] = (
     Case("deep-l4", 64, 32, 64, 64, 4, 1, "four small layers"),
 )
 
+# On a GPU: the sizes at which the recurrence is limited by the way of its weights and by the meeting of its blocks.
+CUDA_CASES: tuple[Case, ...] = (
+    *(
+        Case(f"t64-n{N}-h{H}", 64, N, H, H, 1, 1, "grid of batch and hidden size", quick=N == 16 and H < 1024)
+        for H in (256, 512, 1024)
+        for N in (1, 16, 64)
+    ),
+    Case("t256-n16-h512", 256, 16, 512, 512, 1, 1, "the same with more steps"),
+    Case("t1024-n16-h768", 1024, 16, 768, 768, 1, 1, "the shape of FlashRNN's published times"),
+)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -95,10 +106,11 @@ def find_cells(names: Iterable[str]) -> list[Cell]:
 
 def find_case(name: str) -> Case:
     """Returns the case of this name. Raises KeyError, naming the choices."""
-    for case in CASES:
+    every = (*CASES, *CUDA_CASES)
+    for case in every:
         if case.name == name:
             return case
-    raise KeyError(f"no case {name!r}; choose from {', '.join(case.name for case in CASES)}")
+    raise KeyError(f"no case {name!r}; choose from {', '.join(case.name for case in every)}")
 
 
 def product_flops(case: Case, cell: Cell, training: bool) -> int:

@@ -6,429 +6,31 @@ rows, plain cross entropy and Python loops over the layer. A run that was killed
 is given again, to the same result.
 
 Units: perplexity is exp of the mean cross entropy in nats per token, over held-out windows unless a column says
-otherwise; seconds are those of training epochs, validation included, on --threads threads.
+otherwise. Times are CPU seconds of the process, all its threads together (time.process_time), because a machine shared
+with other work makes wall seconds worthless; on one thread, the default, they are what an idle machine would need.
+cpu_seconds are those of a model's whole experiment: training epochs, validation, other books, texts, forecasts.
 """
 
 import argparse
 import contextlib
 import csv
 import dataclasses
+import fnmatch
 import json
 import math
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import OtherWork, describe_run, make_output_folder, positive_int
-from torch import Tensor, nn
-from torch.nn import functional as F
+from d2l_models import CELLS, Forecast, LanguageModel, Result, Setting, read_series, run_one
+from measure import describe_run, make_output_folder, positive_int
 
-import rnnfast
-from rnnfast import RNNLM, RNNAutoRegression
-from rnnfast.forecast import load_series, noisy_sine
-from rnnfast.lm import detach_state
-from rnnfast.text import (
-    CORPORA,
-    CorpusError,
-    Partitions,
-    Vocab,
-    Windows,
-    _store,
-    letters_only,
-    load_corpus,
-    split_windows,
-    tokenize,
-    window_loader,
-)
-from rnnfast.train import NonFiniteLossError, fit
+from rnnfast.text import CORPORA, CorpusError, letters_only, load_corpus, tokenize
 
-CELLS: dict[str, tuple[str, dict[str, Any]]] = {
-    "rnn": ("RNN", {}),
-    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
-    "gru": ("GRU", {}),
-    "lstm": ("LSTM", {}),
-}
-LETTERS = " abcdefghijklmnopqrstuvwxyz"  # one vocabulary for every book, so that a model of one can read another
-PROMPT = "time traveller"
 OTHER_BOOKS = ("war-of-the-worlds", "frankenstein")
-
-
-@dataclass(frozen=True)
-class LanguageModel:
-    """A model and how it is trained; the defaults are those of the book.
-
-    `windows` are taken at random places of the text. `partition`, "random" or "consecutive", cuts it into windows side
-    by side instead, shuffled or read in order with the state carried over, of the first `num_tokens` tokens.
-    """
-
-    name: str
-    cell: str
-    learning_rate: float
-    epochs: int
-    corpus: str = "time-machine"
-    level: str = "char"
-    num_steps: int = 32
-    hidden_size: int = 32
-    num_layers: int = 1
-    bidirectional: bool = False
-    embedding_dim: int | None = None
-    reset_after: bool = True
-    gates: str = "both"
-    clip: float | None = 1.0
-    batch_size: int = 1024
-    num_train: int = 10_000
-    num_validation: int = 5_000
-    partition: str | None = None
-    num_tokens: int | None = None
-    books: tuple[str, ...] = ()
-    alphas: tuple[float, ...] = ()
-    costs: bool = False
-
-    @property
-    def is_variant(self) -> bool:
-        """Whether the cell is one that torch.nn lacks."""
-        return not self.reset_after or self.gates != "both"
-
-    @property
-    def work(self) -> float:
-        """A rough measure of the time of an epoch, to tell how much is left."""
-        gates = {"rnn": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}[self.cell]
-        windows = self.num_train if self.num_tokens is None else self.num_tokens / self.num_steps
-        inputs = 4_000 if self.level == "word" else 30
-        layers = self.num_layers * (1 + self.bidirectional)
-        return windows * self.num_steps * (layers * gates * self.hidden_size * (self.hidden_size + 60) + 4e3 + inputs)
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """A model of a series: from the last tau values, or the whole past. `share` of the series is trained on."""
-
-    name: str
-    cell: str
-    series: str
-    epochs: int
-    tau: int | None = None
-    hidden_size: int = 32
-    learning_rate: float = 0.01
-    share: float = 0.6
-    steps: tuple[int, ...] = (1, 4, 16, 64)
-    is_variant = False
-
-    @property
-    def work(self) -> float:
-        """A rough measure of the time of an epoch, to tell how much is left."""
-        return 2e7
-
-
-Setting = LanguageModel | Forecast
-Result = dict[str, Any]
-
-
-# --- Language models --------------------------------------------------------------------------------------------------
-
-
-def read_tokens(setting: LanguageModel, corpus: str | None = None) -> tuple[Vocab, Tensor, int]:
-    """Returns the vocabulary, the tokens of a book, int64 [length], and the number of its characters."""
-    text = letters_only(load_corpus(corpus or setting.corpus))
-    tokens = tokenize(text, setting.level)
-    vocab = Vocab(LETTERS if setting.level == "char" else tokens)
-    return vocab, vocab.encode(tokens), len(text)
-
-
-class Trained:
-    """A model in the hands of one implementation: its loss and its way to write, of torch.nn or of rnnfast."""
-
-    def __init__(self, setting: LanguageModel, vocab: Vocab, impl: str, seed: int) -> None:
-        torch.manual_seed(seed)
-        class_name, options = CELLS[setting.cell]
-        if setting.is_variant:
-            options = {"reset_after": setting.reset_after, "gates": setting.gates}
-        rnn = getattr(nn if impl == "torch" else rnnfast, class_name)(
-            setting.embedding_dim or len(vocab),
-            setting.hidden_size,
-            num_layers=setting.num_layers,
-            bidirectional=setting.bidirectional,
-            **options,
-        )
-        self.model = RNNLM(rnn, len(vocab), setting.embedding_dim)
-        self.is_plain, self.vocab, self.level = impl == "torch", vocab, setting.level
-
-    def loss(self, tokens: Tensor, targets: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """Returns the mean cross entropy of tokens [T, N] and the new state."""
-        if not self.is_plain:
-            return self.model.loss(tokens, targets, state)
-        scores, state = self.model(tokens, state)
-        return F.cross_entropy(scores.flatten(0, 1), targets.flatten()), state
-
-    def perplexity(self, windows: Windows, indices: Iterable[int] | None = None) -> float:
-        """Returns that of windows, all or those of the indices."""
-        chosen = list(range(len(windows)) if indices is None else indices)
-        total = 0.0
-        with torch.no_grad():
-            for first in range(0, len(chosen), 1024):
-                part = chosen[first : first + 1024]
-                total += self.loss(*windows.__getitems__(part))[0].item() * len(part)
-        return math.exp(total / len(chosen))
-
-    def write(self, prompt: str, num_tokens: int, alpha: float | None, seed: int) -> str:
-        """Returns the prompt and what follows it: the likeliest tokens, or drawn from p^alpha."""
-        ids = self.vocab.encode(tokenize(prompt, self.level))[:, None]
-        generator = torch.Generator().manual_seed(seed)
-        if self.is_plain:
-            written = self._plain_loop(ids, num_tokens, alpha, generator)
-        else:
-            choice = {} if alpha is None else {"sample": True, "alpha": alpha, "generator": generator}
-            written = self.model.generate(ids, num_tokens, **choice).tokens[:, 0]
-        gap = "" if self.level == "char" else " "
-        return prompt + gap + gap.join(self.vocab.decode(written))
-
-    def _plain_loop(self, tokens: Tensor, num_tokens: int, alpha: float | None, generator: torch.Generator) -> Tensor:
-        written = []
-        with torch.no_grad():
-            scores, state = self.model(tokens)
-            for _ in range(num_tokens):
-                last = scores[-1]
-                if alpha is None:
-                    token = last.argmax(-1, keepdim=True)
-                else:
-                    token = torch.multinomial(torch.softmax(alpha * last, -1), 1, generator=generator)
-                written.append(token[0])
-                scores, state = self.model(token, state)
-        return torch.cat(written)
-
-
-def saved_bytes(trained: Trained, batch: tuple[Tensor, Tensor]) -> int:
-    """Returns the memory that one training step keeps between its forward and its backward pass."""
-    seen: dict[int, int] = {}
-    own = {parameter.untyped_storage().data_ptr() for parameter in trained.model.parameters()}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss, _ = trained.loss(*batch)
-    loss.backward()
-    trained.model.zero_grad()
-    return sum(seen.values())
-
-
-def text_figures(text: str, book: str) -> Result:
-    """Returns the share of a text's words that the book has, and the share of different ones among them."""
-    words, known = text.split()[1:-1], set(book.split())
-    return {
-        "known_words": round(sum(word in known for word in words) / max(len(words), 1), 3),
-        "distinct_words": round(len(set(words)) / max(len(words), 1), 3),
-    }
-
-
-def train_language_model(
-    setting: LanguageModel, impl: str, seed: int, folder: Path, tell: Callable[[int, str], None]
-) -> Result:
-    vocab, tokens, num_characters = read_tokens(setting)
-    trained = Trained(setting, vocab, impl, seed)
-    validation = None
-    state: Any = None
-    if setting.partition is None:
-        train, validation = split_windows(tokens, setting.num_steps, setting.num_train, setting.num_validation)
-    else:
-        tokens = tokens[: setting.num_tokens]
-        train = Windows(tokens, setting.num_steps)
-
-    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        nonlocal state
-        generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-        if setting.partition is None:
-            yield from window_loader(train, setting.batch_size, generator=generator)
-            return
-        offset = int(torch.randint(setting.num_steps, (), generator=generator))
-        if setting.partition == "consecutive":
-            state = None
-            yield from Partitions(tokens, setting.num_steps, setting.batch_size, offset=offset)
-            return
-        starts = torch.arange(offset, len(train), setting.num_steps)
-        starts = starts[torch.randperm(len(starts), generator=generator)]
-        for part in starts[: len(starts) // setting.batch_size * setting.batch_size].split(setting.batch_size):
-            yield train.__getitems__(part.tolist())
-
-    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        nonlocal state
-        value, new = trained.loss(*batch, state)
-        if setting.partition == "consecutive":
-            state = detach_state(new)
-        return value
-
-    result = train_with(trained.model, batches, loss, setting, folder, tell, validation, trained, vocab)
-    if "stopped" in result:
-        return result
-    result["parameters"] = sum(parameter.numel() for parameter in trained.model.parameters())
-    if validation is not None and setting.level == "word":
-        per_word = num_characters / len(tokens)
-        result["nats_per_character"] = round(math.log(result["perplexity"]) / per_word, 4)
-    elif validation is not None:
-        result["nats_per_character"] = round(math.log(result["perplexity"]), 4)
-    for book in setting.books:
-        _, others, _ = read_tokens(setting, book)
-        windows = Windows(others, setting.num_steps)
-        indices = range(0, len(windows), setting.num_steps)
-        result[f"perplexity_{book}"] = round(trained.perplexity(windows, indices), 4)
-    if not setting.bidirectional:
-        book_text = letters_only(load_corpus(setting.corpus))
-        length = 20 if setting.level == "word" else 100
-        result["texts"] = {"greedy": trained.write(PROMPT, length, None, seed)}
-        for alpha in setting.alphas:
-            result["texts"][f"alpha {alpha:g}"] = trained.write(PROMPT, 1000, alpha, seed)
-        if setting.alphas:
-            result["texts"]["greedy"] = trained.write(PROMPT, 1000, None, seed)
-            result["text_figures"] = {name: text_figures(text, book_text) for name, text in result["texts"].items()}
-    if setting.costs:
-        batch = train.__getitems__(range(min(setting.batch_size, len(train))))
-        result["saved_megabytes"] = round(saved_bytes(trained, batch) / 1e6, 2)
-        with torch.no_grad():
-            result["inference_ms"] = round(1e3 * quickest(lambda: trained.model(batch[0])), 3)
-        if not setting.bidirectional:
-            result["characters_per_second"] = round(500 / quickest(lambda: trained.write(PROMPT, 500, None, seed)))
-    return result
-
-
-def quickest(call: Callable[[], object]) -> float:
-    """Returns the median seconds of a few calls after one that is not timed."""
-    call()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-# --- Training, of either kind -----------------------------------------------------------------------------------------
-
-
-def train_with(
-    model: nn.Module,
-    batches: Callable[[int], Iterable[Any]],
-    loss: Callable[[Any], Tensor],
-    setting: Setting,
-    folder: Path,
-    tell: Callable[[int, str], None],
-    validation: Windows | None = None,
-    trained: Trained | None = None,
-    vocab: Vocab | None = None,
-) -> Result:
-    """Trains with a folder of checkpoints; returns the log, the seconds and the perplexities, or why it stopped."""
-    is_language = isinstance(setting, LanguageModel)
-    optimizer: torch.optim.Optimizer
-    if is_language:
-        optimizer = torch.optim.SGD(model.parameters(), lr=setting.learning_rate)
-    else:
-        optimizer = torch.optim.Adam(model.parameters(), lr=setting.learning_rate)
-    clock = folder / "seconds.json"
-    # The seconds of epochs of an earlier call; a kill between a checkpoint and this file loses one, not the others.
-    seconds = {int(k): v for k, v in json.loads(clock.read_text()).items()} if clock.is_file() else {}
-    start = time.perf_counter()
-
-    def after(entry: Any) -> None:
-        nonlocal start
-        seconds[entry.epoch] = time.perf_counter() - start
-        _store(json.dumps(seconds).encode(), clock)
-        measure = entry.loss if math.isnan(entry.validation) else entry.validation
-        tell(entry.epoch, f"{measure:.3g}")
-        start = time.perf_counter()
-
-    options: dict[str, Any] = {"epochs": setting.epochs, "folder": folder, "after_epoch": after, "vocab": vocab}
-    if is_language:
-        options["clip"] = setting.clip
-    if validation is not None and trained is not None:
-        options["validate"] = lambda: trained.perplexity(validation)
-    try:
-        log = fit(model, batches, loss, optimizer, **options)
-    except NonFiniteLossError as error:
-        return {"stopped": str(error).split(";")[0]}
-    except OverflowError:  # exp of a validation loss beyond what a perplexity can be
-        return {"stopped": "the perplexity of the validation windows is too large for a number"}
-    tell(setting.epochs, "done")
-    result: Result = {
-        "seconds": round(statistics.mean(seconds.values()) * len(log), 3),
-        "log": [[entry.loss, None if math.isnan(entry.validation) else entry.validation] for entry in log],
-    }
-    if is_language:
-        result["train_perplexity"] = round(math.exp(min(log[-1].loss, 700.0)), 4)
-    if validation is not None:
-        result["perplexity"] = round(log[-1].validation, 4)
-    return result
-
-
-# --- Forecasts --------------------------------------------------------------------------------------------------------
-
-
-def read_series(name: str, seed: int) -> Tensor:
-    """Returns the values, float32 [T]."""
-    return noisy_sine(generator=torch.Generator().manual_seed(seed)) if name == "sine" else load_series(name)
-
-
-def train_forecast(setting: Forecast, impl: str, seed: int, folder: Path, tell: Callable[[int, str], None]) -> Result:
-    series = read_series(setting.series, seed)
-    split = int(setting.share * len(series))
-    torch.manual_seed(seed)
-    class_name, options = CELLS[setting.cell]
-    rnn = getattr(nn if impl == "torch" else rnnfast, class_name)(1, setting.hidden_size, **options)
-    model = RNNAutoRegression(rnn, setting.tau)
-    model.fit_scaling(series[:split])
-
-    result = train_with(model, lambda epoch: [series[:split]], lambda part: model.loss(part)[0], setting, folder, tell)
-    if "stopped" in result:
-        return result
-    most = max(setting.steps)
-    start = time.perf_counter()
-    predicted = forecasts(model, series, split, most, impl == "torch")
-    result["forecast_seconds"] = round(time.perf_counter() - start, 4)
-    wanted = series.unfold(0, most, 1)[split:]  # [origins, most]
-    spread = float(series[:split].std())
-    for step in setting.steps:
-        error = (predicted[step - 1] - wanted[: predicted.shape[1], step - 1]).square().mean().sqrt().item()
-        result[f"error_{step}"] = round(error / spread, 4)
-    result["curves"] = {
-        "series": series.tolist(),
-        "split": split,
-        "steps": {str(step): [round(v, 4) for v in predicted[step - 1].tolist()] for step in setting.steps},
-    }
-    return result
-
-
-def forecasts(model: RNNAutoRegression, series: Tensor, split: int, most: int, plain: bool) -> Tensor:
-    """Returns the values 1 to `most` steps after each origin, the first of which stands at `split`: [most, origins].
-
-    An origin is predicted from the values before it: the last tau of them, or as many as half the training part has.
-    """
-    length = model.tau or split // 2
-    origins = len(series) - split - most + 1
-    pasts = series.unfold(0, length, 1)[split - length : split - length + origins].t().contiguous()  # [length, origins]
-    with torch.no_grad():
-        if not plain:
-            return model.forecast(pasts, most).mean
-        scaled = ((pasts - model.shift) / model.spread)[..., None]
-        values, state = [], None
-        for step in range(most):
-            if model.tau is not None:
-                hidden, _ = model.rnn(scaled[-model.tau :])
-            else:
-                hidden, state = model.rnn(scaled if step == 0 else scaled[-1:], state)
-            value = model.output(hidden[-1])
-            values.append(value[:, 0])
-            scaled = torch.cat([scaled, value[None]])
-        return torch.stack(values) * model.spread + model.shift
-
-
-# --- The experiments --------------------------------------------------------------------------------------------------
-
 BOOK = {"rnn": (1.0, 100), "gru": (4.0, 50), "lstm": (4.0, 50)}  # learning rate and epochs of the book's models
 
 
@@ -469,7 +71,7 @@ class Experiment:
     note: str = ""
 
 
-COMMON = ("seconds", "perplexity", "train_perplexity")
+COMMON = ("cpu_seconds", "perplexity", "train_perplexity")
 EXPERIMENTS: dict[str, Experiment] = {
     "grid": Experiment(
         "Steps, hidden units and learning rate of RNN, GRU and LSTM", grid, COMMON, 6, "lowest perplexity of the rates"
@@ -477,7 +79,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "cells": Experiment(
         "What RNN, GRU and LSTM of one hidden size cost and reach",
         lambda: [of_book(cell, cell, costs=True) for cell in BOOK],
-        (*COMMON, "parameters", "saved_megabytes", "inference_ms", "characters_per_second"),
+        (*COMMON, "parameters", "saved_megabytes", "inference_cpu_ms", "characters_per_cpu_second"),
         40,
     ),
     "tokens": Experiment(
@@ -503,7 +105,10 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "sampling": Experiment(
         "Greedy against sampled text",
-        lambda: [of_book("gru", "gru", hidden_size=256, epochs=50, alphas=(1.0, 2.0, 5.0, 30.0))],
+        lambda: [
+            of_book(f"gru{name}", "gru", hidden_size=size, alphas=(1.0, 2.0, 5.0, 30.0))
+            for name, size in (("", 32), (" of 256 units", 256))
+        ],
         (*COMMON,),
         4,
     ),
@@ -544,21 +149,21 @@ EXPERIMENTS: dict[str, Experiment] = {
     "partitions": Experiment(
         "Random against consecutive windows, the state carried over (sizes of the book's earlier edition)",
         partitions,
-        ("seconds", "train_perplexity"),
+        ("cpu_seconds", "train_perplexity"),
         15,
     ),
     "forecasts": Experiment(
         "A noisy sine and three measured series, 1, 4, 16 and 64 steps ahead",
         lambda: [
-            *(Forecast(f"sine {cell} tau=4", cell, "sine", 1000, tau=4) for cell in BOOK),
+            *(Forecast(f"sine {cell} tau=4", cell, "sine", 100, tau=4) for cell in BOOK),
             *(
-                Forecast(f"{series} {cell}", cell, series, 1000)
+                Forecast(f"{series} {cell}", cell, series, 100)
                 for series in ("sine", "sunspots", "el-nino", "co2")
                 for cell in BOOK
             ),
         ],
-        ("seconds", "forecast_seconds", "error_1", "error_4", "error_16", "error_64"),
-        25,
+        ("cpu_seconds", "forecast_cpu_seconds", "error_1", "error_4", "error_16", "error_64"),
+        3,
         "errors are root mean squares over the standard deviation of the training part",
     ),
 }
@@ -577,15 +182,14 @@ def settings_of(name: str, options: argparse.Namespace) -> list[Setting]:
         settings = [dataclasses.replace(setting, epochs=options.epochs) for setting in settings]
     if options.cell is not None:
         settings = [setting for setting in settings if setting.cell in options.cell]
+    if options.models is not None:
+        settings = [s for s in settings if any(fnmatch.fnmatchcase(s.name, pattern) for pattern in options.models)]
     if options.corpus is not None:
         settings = [
             dataclasses.replace(setting, corpus=options.corpus) if isinstance(setting, LanguageModel) else setting
             for setting in settings
         ]
     return settings
-
-
-# --- Tables, plots, texts ---------------------------------------------------------------------------------------------
 
 
 def cell_text(value: Any) -> str:
@@ -605,31 +209,50 @@ def format_table(rows: list[Result], columns: tuple[str, ...]) -> str:
     )
 
 
-def compare(rows: list[Result], others: list[Result], impl: str) -> list[str]:
-    """Returns, for each model that the other implementation trained too, the ratio of the times and both results."""
-    by_name = {row["name"]: row for row in others}
+def format_markdown(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
+    """Returns a table in Markdown, numbers to the right."""
+    lines = [head, ("---", *("---:" for _ in head[1:])), *(tuple(cell_text(value) for value in row) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+COMPARISON = ("model", "torch.nn's CPU time / rnnfast's", "measure", "rnnfast", "torch.nn")
+
+
+def compare(ours: list[Result], theirs: list[Result]) -> list[tuple[Any, ...]]:
+    """Returns the lines of COMPARISON, one for each model that both implementations trained to the end."""
+    by_name = {row["name"]: row for row in theirs if "stopped" not in row}
     lines = []
-    for row in rows:
+    for row in ours:
         other = by_name.get(row["name"])
-        if other is None or not row.get("seconds") or not other.get("seconds"):
+        if other is None or "stopped" in row:
             continue
-        ours, theirs = (row, other) if impl == "rnnfast" else (other, row)
-        measure = next((m for m in ("perplexity", "train_perplexity", "error_1") if m in ours), None)
-        reached = f", {measure} {cell_text(ours[measure])} against {cell_text(theirs[measure])}" if measure else ""
-        lines.append(
-            f"{row['name']}: torch.nn's time over rnnfast's {theirs['seconds'] / ours['seconds']:.2f}{reached}"
-        )
+        if any(row["setting"][key] != other["setting"][key] for key in row["setting"] if key != "impl"):
+            continue
+        ratio = other["cpu_seconds"] / row["cpu_seconds"]
+        measure = next(m for m in ("perplexity", "train_perplexity", "error_1") if m in row)
+        lines.append((row["name"], ratio, measure, row[measure], other[measure]))
     return lines
 
 
-def write_results(folder: Path, stem: str, name: str, run: Result, rows: list[Result]) -> None:
-    """Writes the table (.csv), everything with the run's description (.json), and the texts (.txt)."""
+def write_results(folder: Path, stem: str, name: str, impl: str, rows: list[Result]) -> None:
+    """Writes the table (.csv), nearly everything (.json), and the texts (.txt).
+
+    The .json describes every call that trained a model, and says of each model which of them it was. The forecast
+    series stay with the checkpoints.
+    """
     columns = EXPERIMENTS[name].columns
     with open(folder / f"{stem}.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["model", *columns])
         writer.writerows([row["name"], *(row.get(column, "") for column in columns)] for row in rows)
-    (folder / f"{stem}.json").write_text(json.dumps(run | {"results": rows}) + "\n")
+    runs: list[Result] = []
+    results = []
+    for row in rows:
+        if row["run"] not in runs:
+            runs.append(row["run"])
+        results.append({k: v for k, v in row.items() if k != "curves"} | {"run": runs.index(row["run"])})
+    summary = {"experiment": name, "impl": impl, "runs": runs, "results": results}
+    (folder / f"{stem}.json").write_text(json.dumps(summary) + "\n")
     texts = "".join(
         f"{row['name']}, {kind}:\n{text}\n\n" for row in rows for kind, text in row.get("texts", {}).items()
     )
@@ -637,11 +260,52 @@ def write_results(folder: Path, stem: str, name: str, run: Result, rows: list[Re
         (folder / f"{stem}.txt").write_text(texts)
 
 
-def draw(path: Path, name: str, rows: list[Result], title: str) -> None:
-    """Draws the experiment's picture: heat maps of the grid, curves of the others."""
-    from matplotlib.figure import Figure  # files only: works without a display
+def read_results(folder: Path, stem: str) -> dict[str, Result]:
+    """Returns what write_results wrote, of each implementation that has been run."""
+    paths = {impl: folder / f"{stem}-{impl}.json" for impl in ("rnnfast", "torch")}
+    return {impl: json.loads(path.read_text()) for impl, path in paths.items() if path.is_file()}
 
-    rows = [row for row in rows if "stopped" not in row]
+
+def write_markdown(folder: Path, stem: str, name: str) -> list[tuple[Any, ...]]:
+    """Writes the tables of both implementations and how they compare (.md); returns the comparison."""
+    experiment = EXPERIMENTS[name]
+    both = read_results(folder, stem)
+    parts = [f"# {experiment.title}"]
+    for impl, summary in both.items():
+        columns = ("model", *experiment.columns)
+        rows = ((row["name"], *(row.get(column) for column in experiment.columns)) for row in summary["results"])
+        parts += [f"{impl}, {'; '.join(map(described, summary['runs']))}", format_markdown(columns, rows)]
+    if experiment.note:
+        parts.append(experiment.note[0].upper() + experiment.note[1:] + ".")
+    figures = [
+        (f"{row['name']}, {kind}", *said.values())
+        for row in next(iter(both.values()))["results"]
+        for kind, said in row.get("text_figures", {}).items()
+    ]
+    if figures:
+        parts.append(format_markdown(("text", "words that the book has", "different words"), figures))
+    pairs = compare(*(both[impl]["results"] if impl in both else [] for impl in ("rnnfast", "torch")))
+    if pairs:
+        parts.append(format_markdown(COMPARISON, pairs))
+    (folder / f"{stem}.md").write_text("\n\n".join(parts) + "\n")
+    return pairs
+
+
+def described(run: Result) -> str:
+    """Returns threads, machine, versions and commit of a call, in a line."""
+    threads = "1 thread" if run["threads"] == 1 else f"{run['threads']} threads"
+    return (
+        f"{threads}, {run['machine']} ({run['instruction_set']}), torch {run['torch']}, commit {run['git_sha'][:12]}, "
+        f"{run['date'][:10]}"
+    )
+
+
+def draw(path: Path, name: str, rows: list[Result], twins: list[Result], title: str) -> None:
+    """Draws the experiment's picture: heat maps, bars, forecasts or learning curves, dashed those of `twins`."""
+    from matplotlib.figure import Figure  # files only: works without a display
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    rows, twins = ([row for row in several if "stopped" not in row] for several in (rows, twins))
     if not rows:
         return
     if name == "grid":
@@ -655,18 +319,71 @@ def draw(path: Path, name: str, rows: list[Result], title: str) -> None:
         figure = Figure(figsize=(11, 2.8 * len(series)), layout="constrained")
         for panel, one in zip(figure.subplots(len(series), 1, squeeze=False)[:, 0], series, strict=True):
             draw_forecast(panel, min((r for r in rows if r["setting"]["series"] == one), key=lambda r: r["error_1"]))
+    elif name == "books":
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        reached = {
+            row["name"]: {"its own book": row["perplexity"]}
+            | {book: row[f"perplexity_{book}"] for book in row["setting"]["books"]}
+            for row in rows
+        }
+        draw_bars(figure.subplots(), reached, "perplexity")
+    elif name == "sampling":
+        figure = Figure(figsize=(1 + 6 * len(rows), 4), layout="constrained")
+        names = {"known_words": "words that the book has", "distinct_words": "different words"}
+        for panel, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
+            shares = {kind: {names[k]: v for k, v in said.items()} for kind, said in row["text_figures"].items()}
+            draw_bars(panel, shares, "share of the words written")
+            panel.set_title(row["name"], fontsize="small")
     else:
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         panel = figure.subplots()
+        colors = {}
+        blind = 4_600 if any(row["setting"]["level"] == "word" for row in rows) else 28  # the vocabulary: a blind guess
         for row in rows:
-            curve = [loss if validation is None else math.log(validation) for loss, validation in row["log"]]
-            panel.plot(range(1, len(curve) + 1), [math.exp(min(value, 700)) for value in curve], label=row["name"])
+            epochs, curve = learning_curve(row)
+            label = row["name"] if min(curve) < blind else f"{row['name']} (above {blind})"
+            style = "-" if row["setting"]["clip"] else "--"
+            colors[row["name"]] = panel.plot(epochs, curve, style, label=label)[0].get_color()
+        for row in twins:
+            if row["name"] in colors:
+                style = {"linestyle": (0, (2, 3)), "linewidth": 3, "alpha": 0.6, "color": colors[row["name"]]}
+                other = "rnnfast" if row["setting"]["impl"] == "rnnfast" else "torch.nn"
+                panel.plot(*learning_curve(row), label=f"{row['name']}, {other}", **style)
         held_out = rows[0]["log"][-1][1] is not None
         panel.set(xlabel="epoch", ylabel=f"{'validation' if held_out else 'training'} perplexity", yscale="log")
-        panel.grid(alpha=0.3, which="both")
+        low, high = panel.get_ylim()
+        if high > blind:  # a model that went astray does not press the others flat
+            low = 0.95 * min(min(learning_curve(row)[1]) for row in rows)
+            high = blind
+            panel.set_ylim(low, high)
+        panel.yaxis.set_major_locator(
+            LogLocator(subs=range(1, 10) if high < 10 * low else (1, 2, 5) if high < 300 * low else (1,))
+        )
+        panel.yaxis.set_minor_locator(LogLocator(subs=()))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.grid(alpha=0.3)
         panel.legend(fontsize="small")
     figure.suptitle(title, fontsize="small")
     figure.savefig(path, dpi=110)
+
+
+def learning_curve(row: Result) -> tuple[list[int], list[float]]:
+    """Returns the epochs and the perplexity of each, of the validation where there was one."""
+    curve = [math.exp(min(loss, 700.0)) if validation is None else validation for loss, validation in row["log"]]
+    return list(range(1, len(curve) + 1)), curve
+
+
+def draw_bars(panel: Any, groups: dict[str, dict[str, float]], ylabel: str) -> None:
+    """Draws groups of bars, the same ones in each, with their values above them."""
+    labels = list(next(iter(groups.values())))
+    for i, label in enumerate(labels):
+        places = [place + 0.8 * (i + 0.5) / len(labels) - 0.4 for place in range(len(groups))]
+        bars = panel.bar(places, [group[label] for group in groups.values()], 0.8 / len(labels), label=label)
+        panel.bar_label(bars, fmt="%.3g", fontsize="x-small")
+    panel.set_xticks(range(len(groups)), list(groups))
+    panel.set(ylabel=ylabel)
+    panel.margins(y=0.25)  # room for the legend
+    panel.legend(fontsize="small", ncols=len(labels), loc="upper center")
 
 
 def draw_heat_map(panel: Any, rows: list[Result]) -> None:
@@ -693,44 +410,27 @@ def draw_heat_map(panel: Any, rows: list[Result]) -> None:
 
 
 def draw_forecast(panel: Any, row: Result) -> None:
-    """Draws a series and what was forecast of it, each value so many steps ahead of what was known."""
+    """Draws the start of what was forecast of a series, each value so many steps ahead of what was known."""
     curves = row["curves"]
     split = curves["split"]
-    panel.plot(curves["series"], color="0.8", label="measured")
+    begin, end = max(split - 60, 0), split + 340
+    panel.plot(
+        range(begin, min(end, len(curves["series"]))), curves["series"][begin:end], color="0.7", label="measured"
+    )
     for step, values in curves["steps"].items():
         first = split + int(step) - 1
-        panel.plot(range(first, first + len(values)), values, linewidth=0.9, label=f"{step} ahead")
+        shown = values[: end - first]
+        panel.plot(range(first, first + len(shown)), shown, linewidth=1.0, label=f"{step} ahead")
     panel.axvline(split, color="0.5", linestyle=":")
     panel.set_title(row["name"], fontsize="small")
     panel.legend(fontsize="x-small", ncols=5)
 
 
-# --- The command ------------------------------------------------------------------------------------------------------
-
-
-def run_one(setting: Setting, impl: str, seed: int, folder: Path, tell: Callable[[int, str], None]) -> Result:
-    """Returns the result of one model: the one on disk when it is finished, else after training what is missing."""
-    known = dataclasses.asdict(setting) | {"impl": impl, "seed": seed}
-    known = json.loads(json.dumps(known))
-    done, settings = folder / "result.json", folder / "setting.json"
-    if settings.is_file() and json.loads(settings.read_text()) != known:
-        raise CorpusError(f"{folder} is of a run with other settings: delete it, or name another --work folder")
-    _store(json.dumps(known).encode(), settings)
-    if done.is_file():
-        result: Result = json.loads(done.read_text())
-    else:
-        train = train_language_model if isinstance(setting, LanguageModel) else train_forecast
-        result = train(setting, impl, seed, folder, tell)  # type: ignore[arg-type]
-        result = {"name": setting.name, "setting": known} | result
-        _store(json.dumps(result).encode(), done)
-    tell(setting.epochs, "done")
-    return result
-
-
 def check(parser: argparse.ArgumentParser, settings: list[Setting], options: argparse.Namespace) -> list[Setting]:
     """Refuses what would fail later: a missing corpus or series, a text that is too short."""
     if not settings:
-        parser.error(f"--cell {' '.join(options.cell)}: this experiment has no model of it")
+        asked = [*(f"--cell {cell}" for cell in options.cell or ()), *(f"--models {m!r}" for m in options.models or ())]
+        parser.error(f"{' '.join(asked)}: this experiment has no such model")
     variants = [setting for setting in settings if setting.is_variant]
     if variants and options.impl == "torch":
         names = ", ".join(setting.name for setting in variants)
@@ -753,6 +453,14 @@ def check(parser: argparse.ArgumentParser, settings: list[Setting], options: arg
     return settings
 
 
+def seed(text: str) -> int:
+    """Reads the seed of a run, for argparse; seeds of epochs are made from it and must stay below 2^63."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^32 - 1")
+    return value
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Returns the command line."""
     names = "\n".join(f"  {name:<11} {experiment.title}" for name, experiment in EXPERIMENTS.items())
@@ -765,6 +473,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="few epochs, the grid's corner: about a minute")
     parser.add_argument("--impl", choices=("rnnfast", "torch"), default="rnnfast", help="default: %(default)s")
     parser.add_argument("--cell", nargs="+", choices=tuple(CELLS), default=None, help="only the models of these cells")
+    parser.add_argument(
+        "--models", nargs="+", default=None, metavar="PATTERN", help="only those of these names, such as 'gru T=32 *'"
+    )
     parser.add_argument("--epochs", type=positive_int, default=None, help="default: the book's, or those of --quick")
     parser.add_argument(
         "--corpus",
@@ -772,7 +483,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"the book to train on: {', '.join(CORPORA)}, or the path of a text file; default: time-machine",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and texts; default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="of weights, batches and texts; default: %(default)s")
     parser.add_argument("--threads", type=positive_int, default=1, metavar="COUNT", help="default: %(default)s")
     parser.add_argument(
         "--work",
@@ -786,7 +497,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         default=None,
         metavar="FOLDER",
-        help="table (.csv), everything (.json), plot (.png) and texts (.txt); default: the --work folder",
+        help="tables (.md, .csv), everything (.json), plot (.png) and texts (.txt); default: the --work folder",
     )
     return parser
 
@@ -797,14 +508,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     name, impl = options.experiment, options.impl
     settings = check(parser, settings_of(name, options), options)
-    work = make_output_folder(parser, options.work)
+    work = make_output_folder(parser, options.work, "--work")
     output = work if options.output is None else make_output_folder(parser, options.output)
     torch.set_num_threads(options.threads)
 
     experiment = EXPERIMENTS[name]
     stem = f"d2l-{name}{'-quick' if options.quick else ''}"
-    run = describe_run(torch.device("cpu"), torch.float32, options.threads) | {"experiment": name, "impl": impl}
-    other_work = OtherWork()
+    run = describe_run(torch.device("cpu"), torch.float32, options.threads)
     rows: list[Result] = []
     from tqdm import tqdm
 
@@ -823,18 +533,20 @@ def main(arguments: list[str] | None = None) -> int:
             bar.set_description_str(f"[{number}/{len(settings)}] {setting.name}", refresh=False)
             folder = work / f"{stem}-{impl}" / setting.name.replace(" ", "_").replace(",", "")
             try:
-                rows.append(run_one(setting, impl, options.seed, folder, tell))
+                rows.append(run_one(setting, impl, options.seed, folder, tell, run))
             except CorpusError as error:
                 bar.close()
                 parser.error(str(error))
-            write_results(output, f"{stem}-{impl}", name, run, rows)
+            write_results(output, f"{stem}-{impl}", name, impl, rows)
     if not rows:
         print("stopped before a model was finished; the same command goes on", file=sys.stderr)
         return 130
-    other_work.finish(run)
-    write_results(output, f"{stem}-{impl}", name, run, rows)
-    machine = f"{experiment.title}\n{impl}, {run['threads']} thread(s), {run['machine']}, {run['git_sha'][:12]}"
-    draw(output / f"{stem}-{impl}.png", name, rows, machine)
+    write_results(output, f"{stem}-{impl}", name, impl, rows)
+    pairs = write_markdown(output, stem, name)
+    both = read_results(output, stem)
+    twins = both.get("torch" if impl == "rnnfast" else "rnnfast", {"results": []})["results"]
+    title = f"{experiment.title}\n{impl}, {'; '.join(map(described, both[impl]['runs']))}"
+    draw(output / f"{stem}-{impl}.png", name, rows, twins, title)
     print(f"{experiment.title}\n\n{format_table(rows, experiment.columns)}")
     if experiment.note:
         print(f"\n{experiment.note}")
@@ -842,10 +554,10 @@ def main(arguments: list[str] | None = None) -> int:
         for kind, text in row.get("texts", {}).items():
             figures = row.get("text_figures", {}).get(kind)
             print(f"\n{row['name']}, {kind}{f' {figures}' if figures else ''}:\n  {text[:200]!r}")
-    twin = output / f"{stem}-{'torch' if impl == 'rnnfast' else 'rnnfast'}.json"
-    if twin.is_file():
-        print("\n" + "\n".join(compare(rows, json.loads(twin.read_text())["results"], impl)))
-    print(f"\nwritten: {output / stem}-{impl}.csv, .json, .png")
+    for model, ratio, measure, ours, theirs in pairs:
+        reached = f"{measure} {cell_text(ours)} against {cell_text(theirs)}"
+        print(f"\n{model}: torch.nn's CPU time over rnnfast's {ratio:.2f}, {reached}", end="")
+    print(f"\n\nwritten: {output / stem}.md, -{impl}.csv, .json, .png")
     if len(rows) < len(settings):
         print(f"stopped after {len(rows)} of {len(settings)} models; the same command goes on", file=sys.stderr)
         return 130

@@ -14,7 +14,6 @@ No time is given for a result that is not the plain one's.
 
 import argparse
 import csv
-import ctypes
 import json
 import sys
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from measure import (
     describe_run,
     interleave,
     make_output_folder,
+    peak_megabytes,
     positive_float,
     start_run,
 )
@@ -45,24 +45,6 @@ FIELDS = (
     "question", "case", "against", "rnnfast_ms", "plain_ms", "ratio", "ratio_low", "ratio_high", "pairs",
     "rnnfast_peak_mb", "plain_peak_mb", "status",
 )  # fmt: skip
-
-
-def peak_megabytes(call: Callable[[], object]) -> float | None:
-    """Returns by how much a call raises the resident memory at most, or None where the system does not tell."""
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-    def read(name: str) -> int:
-        line = next(line for line in status.read_text().splitlines() if line.startswith(name))
-        return int(line.split()[1])
-
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed goes back to the system, so that it counts again
-        clear.write_text("5")  # the highest resident size starts again from the present one
-        before = read("VmRSS")
-        call()
-        return round((read("VmHWM") - before) / 1024, 1)
-    except (OSError, StopIteration, AttributeError):
-        return None
 
 
 def row_of(

@@ -8,6 +8,10 @@ Units: times are milliseconds per call (medians), `ratio` is torch.nn's time ove
 faster; the median over pairs of turns, its quartiles beside it), GFLOP/s counts rnnfast's matrix products alone.
 Inference is one forward call under torch.inference_mode. Training is everything one step costs in the layer: clearing
 gradients, forward, and backward from a dense gradient of the output to every weight and to the input.
+
+On a CUDA device the shapes are others (CUDA_CASES), times are those of the device's clock, and two columns more say
+`step_us`, the microseconds of a step of rnnfast's call, and `floor_us`, what a step would take if all products of the
+call were one large product each, over all steps at once and measured here: no recurrence can do that.
 """
 
 import argparse
@@ -19,7 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from cases import CASES, CELLS, DEFAULT_CELLS, Case, Cell, find_case, find_cells, product_flops
+from cases import CASES, CELLS, CUDA_CASES, DEFAULT_CELLS, Case, Cell, find_case, find_cells, product_flops
 from measure import (
     OtherWork,
     Paired,
@@ -29,6 +33,7 @@ from measure import (
     interleave,
     make_output_folder,
     positive_float,
+    seconds_of,
     start_run,
 )
 
@@ -50,6 +55,7 @@ RELU_ATTEMPTS = 3
 
 _TIMING_FIELDS = ("rnnfast_ms", "torch_ms", "ratio", "ratio_low", "ratio_high", "pairs", "gflops")
 FIELDS = ("case", "cell", "mode", *"TNIHLD", *_TIMING_FIELDS, "status")
+CUDA_FIELDS = (*FIELDS, "step_us", "floor_us")
 
 
 class WrongResultError(Exception):
@@ -139,23 +145,24 @@ def check_agreement(ours: Any, theirs: Any, input: torch.Tensor) -> None:
             )
 
 
-def make_call(layer: Any, mode: str, input: torch.Tensor, grad_output: torch.Tensor) -> Callable[[], None]:
-    """Returns the call that is timed."""
+def make_call(layer: Any, mode: str, input: torch.Tensor, grad_output: torch.Tensor) -> Callable[[], Any]:
+    """Returns the call that is timed. It gives what the layer gives; in training the output and the input's leaf."""
     if mode == "inference":
 
-        def infer() -> None:
+        def infer() -> Any:
             with torch.inference_mode():
-                layer(input)
+                return layer(input)
 
         return infer
 
     leaf = input.detach().clone().requires_grad_()
 
-    def train() -> None:
+    def train() -> tuple[torch.Tensor, torch.Tensor]:
         layer.zero_grad(set_to_none=True)
         leaf.grad = None
         output, _ = layer(leaf)
         output.backward(grad_output)
+        return output, leaf
 
     return train
 
@@ -188,8 +195,20 @@ def measure_case(
                 make_call(ours, mode, input, grad_output), make_call(theirs, mode, input, grad_output), seconds, device
             )
             row |= timing_fields(paired, product_flops(case, cell, mode == "training"))
+            if device.type == "cuda":
+                row["step_us"] = float(f"{paired.ours / case.T * 1e6:.3g}")
+                row["floor_us"] = float(f"{floor_seconds(case, cell, mode, device, dtype) / case.T * 1e6:.3g}")
         rows.append(row)
     return rows
+
+
+def floor_seconds(case: Case, cell: Cell, mode: str, device: torch.device, dtype: torch.dtype) -> float:
+    """Returns the seconds of the products of one call with every weight used once, for all rows; see above."""
+    x = torch.randn(case.T * case.N, case.I + case.H, device=device, dtype=dtype)
+    weights = torch.randn(case.I + case.H, cell.num_gates * case.H, device=device, dtype=dtype)
+    one = product_flops(Case("", case.T, case.N, case.I, case.H, 1, 1, ""), cell, False)
+    share = product_flops(case, cell, mode == "training") / one  # layers, directions, and the products of backward
+    return share * seconds_of(lambda: x @ weights, device)
 
 
 def timing_fields(paired: Paired, flops: int) -> dict[str, Any]:
@@ -211,6 +230,9 @@ HEADING = (
 )
 
 
+CUDA_HEADING = f"{HEADING} {'us/step':>8} {'floor':>8}"
+
+
 def format_row(row: dict[str, Any]) -> str:
     """Returns one line of the printed table."""
     start = f"{row['case']:<15} {find_case(row['case']).shape:<20} {row['cell']:<9} {row['mode']:<10} "
@@ -218,7 +240,8 @@ def format_row(row: dict[str, Any]) -> str:
         return start + row["status"]
     quartiles = f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}"
     times = f"{row['rnnfast_ms']:>10.4g} {row['torch_ms']:>10.4g}"
-    return start + f"{times} {row['ratio']:>6.2f} {quartiles:>12} {row['gflops']:>8.3g}"
+    text = start + f"{times} {row['ratio']:>6.2f} {quartiles:>12} {row['gflops']:>8.3g}"
+    return text + (f" {row['step_us']:>8.3g} {row['floor_us']:>8.3g}" if "step_us" in row else "")
 
 
 def summarize(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -263,7 +286,7 @@ def draw(rows: list[dict[str, Any]], run: dict[str, Any], path: Path) -> None:
 
     timed = [row for row in rows if row["status"] == "ok"]
     modes = [mode for mode in MODES if any(row["mode"] == mode for row in timed)]
-    names = [case.name for case in CASES if any(row["case"] == case.name for row in timed)]
+    names = [case.name for case in (*CASES, *CUDA_CASES) if any(row["case"] == case.name for row in timed)]
     cells = [cell for cell in CELLS if any(row["cell"] == cell for row in timed)]
     figure, panels = pyplot.subplots(
         1, len(modes), figsize=(4 + 3.5 * len(modes), 1.8 + 0.3 * len(names)), sharey=True, squeeze=False
@@ -343,7 +366,7 @@ def run_cases(
     """Measures all chosen shapes; prints and writes every row as soon as it is there."""
     from tqdm import tqdm
 
-    writer = csv.DictWriter(file, FIELDS)
+    writer = csv.DictWriter(file, CUDA_FIELDS if device.type == "cuda" else FIELDS)
     writer.writeheader()
     rows: list[dict[str, Any]] = []
     with tqdm(chosen, unit="shape", file=sys.stderr) as progress:
@@ -367,7 +390,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyError as error:
         parser.error(error.args[0])
     if cases is None:
-        cases = [case for case in CASES if case.quick or not options.quick]
+        grid = CUDA_CASES if options.device == "cuda" else CASES
+        cases = [case for case in grid if case.quick or not options.quick]
     device, dtype, threads = start_run(parser, options)
     folder = make_output_folder(parser, options.output)
     seconds = options.seconds or (0.4 if options.quick else 4.0)
@@ -375,10 +399,10 @@ def main(arguments: list[str] | None = None) -> int:
     run = describe_run(device, dtype, threads)
     name = f"layers{'-quick' if options.quick else ''}-{run['device']}-{run['dtype']}-{threads}t"
     print(
-        f"rnnfast {run['rnnfast']} ({run['instruction_set']}) against torch {run['torch']}: {run['dtype']}, "
-        f"{threads} thread(s), {run['machine']}"
+        f"rnnfast {run['rnnfast']} ({'cuda' if device.type == 'cuda' else run['instruction_set']}) against torch "
+        f"{run['torch']}: {run['dtype']}, {threads} thread(s), {run['machine']}"
     )
-    print(HEADING)
+    print(CUDA_HEADING if device.type == "cuda" else HEADING)
     with open(folder / f"{name}.csv", "w", newline="") as file:
         (folder / f"{name}.json").write_text(json.dumps(run, indent=2) + "\n")
         other_work = OtherWork()

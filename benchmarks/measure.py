@@ -7,6 +7,7 @@ second three times as dear and lets the machine change between the two sides of 
 """
 
 import argparse
+import ctypes
 import datetime
 import math
 import os
@@ -55,19 +56,63 @@ def synchronize(device: torch.device) -> None:
 
 
 def _turn(call: Callable[[], object], calls: int, device: torch.device) -> float:
-    synchronize(device)
+    if device.type == "cuda":
+        return _turn_on_cuda(call, calls)
     start = time.perf_counter()
     for _ in range(calls):
         call()
-    synchronize(device)
     return (time.perf_counter() - start) / calls
 
 
-def _calls_per_turn(call: Callable[[], object], device: torch.device) -> int:
+def _turn_on_cuda(call: Callable[[], object], calls: int) -> float:
+    """By the device's own clock; the work before is done, so that the first call does not wait in a queue."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / calls
+
+
+def seconds_of(call: Callable[[], object], device: torch.device, turns: int = 11) -> float:
+    """Returns the median seconds per call of one thing alone: a yardstick, where no two are compared."""
+    calls = calls_per_turn(call, device)
+    return statistics.median(_turn(call, calls, device) for _ in range(turns))
+
+
+def calls_per_turn(call: Callable[[], object], device: torch.device, seconds: float = _TURN_SECONDS) -> int:
+    """Returns how many calls make a turn of at least `seconds`; runs the call four times to find out."""
     call()
     # The quickest of three: one call that the machine interrupted would make every turn a single call.
-    seconds = min(_turn(call, 1, device) for _ in range(3))
-    return max(1, math.ceil(_TURN_SECONDS / max(seconds, 1e-7)))
+    quickest = min(_turn(call, 1, device) for _ in range(3))
+    return max(1, math.ceil(seconds / max(quickest, 1e-7)))
+
+
+def make_turn(
+    call: Callable[[], object],
+    device: torch.device,
+    seconds: float = _TURN_SECONDS,
+    prepare: Callable[[], object] | None = None,
+) -> Callable[[], float]:
+    """Returns a function that takes one turn, of at least `seconds`, and returns the seconds per call.
+
+    `prepare` runs before each turn, outside the clock, and after it, where a turn has several calls, one call that is
+    not timed: what `prepare` left asleep or cold is no part of the calls.
+    """
+    if prepare is not None:
+        prepare()
+    calls = calls_per_turn(call, device, seconds)
+
+    def turn() -> float:
+        if prepare is not None:
+            prepare()
+            if calls > 1:
+                call()
+        return _turn(call, calls, device)
+
+    return turn
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -78,38 +123,53 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def interleave(
-    ours: Callable[[], object], theirs: Callable[[], object], seconds: float, device: torch.device
-) -> Paired:
-    """Times two calls in turns until the median ratio is settled or `seconds` are spent (at least five pairs)."""
-    calls_ours, calls_theirs = _calls_per_turn(ours, device), _calls_per_turn(theirs, device)
-    times: list[tuple[float, float]] = []
+def _settled(times: Sequence[tuple[float, ...]]) -> bool:
+    """Whether the median ratio of every other implementation to the first is known well enough."""
+    if len(times) < 3 * _MIN_PAIRS:
+        return False
+    for other in range(1, len(times[0])):
+        low, ratio, high = quartiles([round_[other] / round_[0] for round_ in times])
+        # For a normal distribution the standard error of the median is 0.93 interquartile ranges / sqrt(n).
+        if 0.93 * (high - low) / math.sqrt(len(times)) >= _TARGET_ERROR * ratio:
+            return False
+    return True
+
+
+def take_turns(turns: Sequence[Callable[[], float]], seconds: float) -> list[tuple[float, ...]]:
+    """Lets several implementations take turns until all ratios to the first are settled or `seconds` are spent.
+
+    Returns one tuple per round, at least five, with the result of each of `turns`, in their order.
+    """
+    times: list[tuple[float, ...]] = []
     end = time.perf_counter() + seconds
     while len(times) < _MAX_PAIRS:
         # Who goes first alternates: otherwise whatever the first leaves behind (caches, frequency) falls on one side.
-        if len(times) % 2 == 0:
-            a = _turn(ours, calls_ours, device)
-            b = _turn(theirs, calls_theirs, device)
-        else:
-            b = _turn(theirs, calls_theirs, device)
-            a = _turn(ours, calls_ours, device)
-        times.append((a, b))
-        if len(times) < _MIN_PAIRS:
-            continue
-        low, ratio, high = quartiles([b / a for a, b in times])
-        # For a normal distribution the standard error of the median is 0.93 interquartile ranges / sqrt(n).
-        settled = len(times) >= 3 * _MIN_PAIRS and 0.93 * (high - low) / math.sqrt(len(times)) < _TARGET_ERROR * ratio
-        if settled or time.perf_counter() > end:
+        order = [(len(times) + i) % len(turns) for i in range(len(turns))]
+        taken = {i: turns[i]() for i in order}
+        times.append(tuple(taken[i] for i in range(len(turns))))
+        if len(times) >= _MIN_PAIRS and (_settled(times) or time.perf_counter() > end):
             break
-    low, ratio, high = quartiles([b / a for a, b in times])
+    return times
+
+
+def pair(times: Sequence[tuple[float, ...]], other: int) -> Paired:
+    """Sets the first implementation of the rounds of `take_turns` against another, by its number."""
+    low, ratio, high = quartiles([round_[other] / round_[0] for round_ in times])
     return Paired(
-        ours=statistics.median(a for a, _ in times),
-        theirs=statistics.median(b for _, b in times),
+        ours=statistics.median(round_[0] for round_ in times),
+        theirs=statistics.median(round_[other] for round_ in times),
         ratio=ratio,
         low=low,
         high=high,
         pairs=len(times),
     )
+
+
+def interleave(
+    ours: Callable[[], object], theirs: Callable[[], object], seconds: float, device: torch.device
+) -> Paired:
+    """Times two calls in turns until the median ratio is settled or `seconds` are spent (at least five pairs)."""
+    return pair(take_turns([make_turn(ours, device), make_turn(theirs, device)], seconds), 1)
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -144,6 +204,24 @@ def _git_sha() -> str:
         return "unknown"  # not a checkout, or no git
 
 
+def peak_megabytes(call: Callable[[], object]) -> float | None:
+    """Returns by how much a call raises the resident memory at most, or None where the system does not tell."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def read(name: str) -> int:
+        line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+        return int(line.split()[1])
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed goes back to the system, so that it counts again
+        clear.write_text("5")  # the highest resident size starts again from the present one
+        before = read("VmRSS")
+        call()
+        return round((read("VmHWM") - before) / 1024, 1)
+    except (OSError, StopIteration, AttributeError):
+        return None
+
+
 def available_cores() -> int:
     """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -164,6 +242,12 @@ def _busy_seconds() -> float | None:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+def _own_seconds() -> float:
+    """Returns the processor seconds of this process and of the processes that it started and that have ended."""
+    children = os.times()
+    return time.process_time() + children.children_user + children.children_system
+
+
 class OtherWork:
     """How busy others keep the machine, from its construction on.
 
@@ -172,14 +256,14 @@ class OtherWork:
     """
 
     def __init__(self) -> None:
-        self._wall, self._busy, self._own = time.perf_counter(), _busy_seconds(), time.process_time()
+        self._wall, self._busy, self._own = time.perf_counter(), _busy_seconds(), _own_seconds()
 
     def cores(self) -> float | None:
         """Returns how many cores others used on average, or None where the system does not tell."""
         busy = _busy_seconds()
         if busy is None or self._busy is None:
             return None
-        own = time.process_time() - self._own
+        own = _own_seconds() - self._own
         return max(busy - self._busy - own, 0.0) / max(time.perf_counter() - self._wall, 1e-3)
 
     def finish(self, run: dict[str, Any]) -> None:
@@ -262,7 +346,7 @@ def start_run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> t
     return device, DTYPES[options.dtype], torch.get_num_threads()
 
 
-def make_output_folder(parser: argparse.ArgumentParser, folder: Path) -> Path:
+def make_output_folder(parser: argparse.ArgumentParser, folder: Path, option: str = "--output") -> Path:
     """Creates the folder and proves that it can be written, before any work is done for it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -270,5 +354,5 @@ def make_output_folder(parser: argparse.ArgumentParser, folder: Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        parser.error(f"--output {folder}: cannot be written ({error})")
+        parser.error(f"{option} {folder}: cannot be written ({error})")
     return folder

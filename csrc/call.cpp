@@ -4,21 +4,25 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <memory>
+#include <iterator>
 #include <numeric>
+#include <type_traits>
 #include <utility>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
-#include "step.h"
+#ifdef RNNFAST_CUDA
+#include "cuda/binding.h"
+#endif
 
 namespace rnnfast {
 
 Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   Tensor t = at::empty(sizes, options);
 #ifdef __linux__
+  if (!t.is_cpu()) return t;
   constexpr uintptr_t kLargePage = uintptr_t{1} << 21;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + t.nbytes();
   const uintptr_t first = (begin + kLargePage - 1) & ~(kLargePage - 1), last = end & ~(kLargePage - 1);
@@ -29,20 +33,54 @@ Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
 
 namespace {
 
-// Scratch of a call. Each thread that calls keeps its last one for the next call, up to kMostKept bytes: memory fresh
-// from the system is zeroed page by page, which can take as long as the call.
+// The types of a driver.
+template <typename Accumulating, typename Element>
+struct Types {
+  using T = Accumulating;
+  using E = Element;
+};
+
+const DriverTable& drivers_of(const at::Device& device) {
+#ifdef RNNFAST_CUDA
+  if (device.is_cuda()) return cuda_drivers();
+#endif
+  return drivers();
+}
+
+#ifndef RNNFAST_CUDA
+bool is_capturing() {
+  return false;
+}
+#endif
+
+// Memory of a tensor whose dtype is known to be that of E; Half and BFloat16 lie as torch's.
+template <typename E>
+const E* data(const Tensor& t) {
+  return t.defined() ? static_cast<const E*>(t.const_data_ptr()) : nullptr;
+}
+template <typename E>
+E* mutable_data(const Tensor& t) {
+  return static_cast<E*>(t.mutable_data_ptr());
+}
+// Of tensors with unit stride in the last dimension.
+template <typename E>
+Rows<const E> view(const Tensor& t) {
+  if (!t.defined()) return {nullptr, 0, 0};
+  return {data<E>(t), t.dim() == 3 ? t.stride(0) : 0, t.stride(-2)};
+}
+
+// Scratch of a call. Each thread that calls on the CPU keeps its last one for the next call, up to kMostKept bytes:
+// memory fresh from the system is zeroed page by page, which can take as long as the call.
 class Scratch {
  public:
   Scratch(int64_t elements, const at::TensorOptions& options)
       : bytes_(elements * static_cast<int64_t>(options.dtype().itemsize())) {
     // Tests have uninitialized memory filled, and want this filled too.
-    keeps_ =
-        !(at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory());
-    if (keeps_ && kept_.defined() && kept_.numel() >= bytes_)
-      memory_ = std::move(kept_);
-    else
-      memory_ = empty({bytes_}, options.dtype(at::kByte));
-    kept_ = Tensor();
+    keeps_ = options.device().is_cpu() && !(at::globalContext().deterministicAlgorithms() &&
+                                            at::globalContext().deterministicFillUninitializedMemory());
+    if (keeps_ && kept_.defined() && kept_.numel() >= bytes_) memory_ = std::move(kept_);
+    if (keeps_) kept_ = Tensor();  // before there is more
+    if (!memory_.defined()) memory_ = empty({bytes_}, options.dtype(at::kByte));
   }
   ~Scratch() {
     if (keeps_ && memory_.numel() <= kMostKept) kept_ = std::move(memory_);
@@ -66,8 +104,15 @@ thread_local Tensor Scratch::kept_;
 }  // namespace
 
 Call::Call(int index, RNNFAST_ARGUMENTS)
-    : cell_(drivers().cells[index]), index_(index), reverse_(reverse), is_tokens_(input.scalar_type() == at::kLong) {
+    : device_(input.device()),
+      table_(drivers_of(device_)),
+      cell_(table_.cells[index]),
+      index_(index),
+      reverse_(reverse),
+      recompute_(recompute),
+      is_tokens_(input.scalar_type() == at::kLong) {
   check_dtype_and_device(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr);
+  TORCH_CHECK_NOT_IMPLEMENTED(!recompute || device_.is_cpu(), what("recompute"), "only on the CPU, got ", device_);
   TORCH_CHECK_VALUE(weight_ih.dim() == 2, what("weight_ih"), "expected 2 dimensions [G*H, I], got ", weight_ih.sizes());
   TORCH_CHECK_VALUE(weight_hh.dim() == 2, what("weight_hh"), "expected 2 dimensions [G*H, P], got ", weight_hh.sizes());
   const int64_t G = cell_.gates;
@@ -105,6 +150,12 @@ Call::Call(int index, RNNFAST_ARGUMENTS)
 
   dtype_ = weight_ih.scalar_type();
   compute_ = dtype_ == at::kDouble ? at::kDouble : at::kFloat;
+  const bool is_native =
+      (dtype_ == at::kHalf && table_.f16[index].forward) || (dtype_ == at::kBFloat16 && table_.bf16[index].forward);
+  storage_ = is_native ? dtype_ : compute_;
+  const bool has_kernels =
+      compute_ == at::kDouble ? table_.f64[index].forward != nullptr : table_.f32[index].forward != nullptr;
+  TORCH_CHECK(has_kernels, what("input"), "expected a tensor on the CPU: this cell has no kernels for ", device_);
   input_ = is_tokens_ ? input.contiguous() : rows(input);
   h0_ = dense(h0), c0_ = dense(c0);
   weight_ih_ = dense(weight_ih), weight_hh_ = dense(weight_hh);
@@ -115,46 +166,57 @@ Call::Call(int index, RNNFAST_ARGUMENTS)
 }
 
 SavingOutputsAllC Call::forward(bool save, bool with_all_c) {
+  if (is_tokens_ && !input_.is_cpu()) check_token_range(input_);
   std::vector<int64_t> shape = outer_;
   shape.push_back(size_.P);
-  const auto options = input_.options().dtype(compute_);
-  const auto none = [&] { return at::empty({0}, options); };  // outputs may not alias: a new one each time
+  const auto options = input_.options().dtype(storage_), saved_options = options.dtype(compute_);
+  const auto none = [](const at::TensorOptions& o) { return at::empty({0}, o); };  // outputs may not alias
   const auto steps_of = [&] { return lengths_.defined() ? at::zeros(shape, options) : empty(shape, options); };
   Tensor output = steps_of();
   Tensor all_c;
   if (with_all_c) shape.back() = size_.H, all_c = steps_of();
   Tensor h_n = at::empty({size_.N, size_.P}, options);
-  Tensor c_n = cell_.has_cell ? at::empty({size_.N, size_.H}, options) : none();
-  Tensor gates = none(), cells = none(), hidden = none();
-  if (save) {
+  Tensor c_n = cell_.has_cell ? at::empty({size_.N, size_.H}, options) : none(options);
+  Tensor gates = none(saved_options), cells = none(saved_options), hidden = none(saved_options);
+  if (save && recompute_) {
+    const int64_t rows = (num_parts() - 1) * size_.N;
+    if (cell_.has_cell) cells = empty({rows, size_.H}, saved_options);
+    hidden = empty({rows, size_.P}, saved_options);
+  } else if (save) {
     const int64_t block = 64 / c10::elementSize(compute_), steps = size_.T * size_.N;
     const auto saved = [&](int64_t units, int64_t slots) {
-      return empty({is_packed_ ? size_.R : steps, (units + block - 1) / block * block * slots}, options);
+      return empty({is_packed_ ? size_.R : steps, (units + block - 1) / block * block * slots}, saved_options);
     };
     gates = saved(size_.H, cell_.slots);
     if (cell_.has_cell) cells = saved(size_.H, 1);
     if (saves_hidden()) hidden = saved(size_.P, 1);
   }
   fill_rows();
-  const auto run = [&](auto zero, const auto& driver) {
-    using T = decltype(zero);
-    SequenceParams<T> p = params<T>(false);
-    p.training = save;
-    p.output = {output.mutable_data_ptr<T>(), size_.N * size_.P, size_.P};
-    p.h_n = h_n.mutable_data_ptr<T>();
-    p.c_n = cell_.has_cell ? c_n.mutable_data_ptr<T>() : nullptr;
-    if (with_all_c) p.all_c = {all_c.mutable_data_ptr<T>(), size_.N * size_.H, size_.H};
+  const auto run = [&](auto types, const auto& driver) {
+    using T = typename decltype(types)::T;
+    using E = typename decltype(types)::E;
+    auto p = params<T, E>(false);
+    p.training = save && !recompute_;
+    p.output = {mutable_data<E>(output), size_.N * size_.P, size_.P};
+    p.h_n = mutable_data<E>(h_n);
+    p.c_n = cell_.has_cell ? mutable_data<E>(c_n) : nullptr;
+    if (with_all_c) p.all_c = {mutable_data<E>(all_c), size_.N * size_.H, size_.H};
     set_saved(p, gates, cells, hidden);
-    run_driver(p, driver.forward_scratch, driver.forward);
+    run_driver(p, driver.forward_scratch, [&](const SequenceParams<T, E>& all) {
+      if constexpr (std::is_same_v<T, E>)
+        if (save && recompute_) return forward_in_parts(all, driver, cells, hidden);
+      driver.forward(all);
+    });
   };
   dispatch(run);
-  if (with_all_c) all_c = all_c.to(dtype_);
-  return {output.to(dtype_), h_n.to(dtype_), c_n.to(dtype_), gates, cells, hidden, all_c};
+  if (with_all_c) all_c = as(all_c, dtype_);
+  return {as(output, dtype_), as(h_n, dtype_), as(c_n, dtype_), gates, cells, hidden, all_c};
 }
 
-Tensor Call::step(const Tensor& input) {
-  if (!output_.defined()) {
-    const auto options = input_.options().dtype(compute_);
+const Tensor& Call::step(const Tensor& input, bool packs) {
+  const bool is_first = !output_.defined();
+  if (is_first) {
+    const auto options = input_.options().dtype(storage_);
     const auto own = [&](const Tensor& t, int64_t units) {
       return t.defined() ? t.clone() : at::zeros({size_.N, units}, options);
     };
@@ -169,20 +231,39 @@ Tensor Call::step(const Tensor& input) {
                     what("input"), "expected a step of the shape and dtype of the first, got ", input.scalar_type(),
                     " ", input.sizes());
   input_ = is_tokens_ ? input.contiguous() : rows(input);
-  dispatch([&](auto zero, const auto& driver) {
-    using T = decltype(zero);
-    SequenceParams<T> p = params<T>(false);
-    p.output = {output_.mutable_data_ptr<T>(), size_.N * size_.P, size_.P};
-    p.h_n = h0_.mutable_data_ptr<T>();  // the driver reads the old state before it writes the new one
-    p.c_n = cell_.has_cell ? c0_.mutable_data_ptr<T>() : nullptr;
-    if (!scratch_.defined()) scratch_ = empty({driver.forward_scratch(p)}, output_.options());
-    p.scratch = scratch_.mutable_data_ptr<T>();
+  dispatch([&](auto types, const auto& driver) {
+    using T = typename decltype(types)::T;
+    using E = typename decltype(types)::E;
+    auto p = params<T, E>(false);
+    if (is_first) step_plan_ = p.plan, step_plan_.packed = packs;
+    p.plan = step_plan_;  // what the scratch holds was made for it
+    p.is_first_part = is_first || !packs;
+    p.output = {mutable_data<E>(output_), size_.N * size_.P, size_.P};
+    p.h_n = mutable_data<E>(h0_);  // the driver reads the old state before it writes the new one
+    p.c_n = cell_.has_cell ? mutable_data<E>(c0_) : nullptr;
+    if (is_first) scratch_ = empty({driver.forward_scratch(p)}, output_.options().dtype(compute_));
+    p.scratch = mutable_data<T>(scratch_);
     driver.forward(p);
   });
-  if (dtype_ == compute_) return output_;
+  if (packs) weight_ih_ = weight_hh_ = Tensor();
+  if (dtype_ == storage_) return output_;
   h0_.copy_(h0_.to(dtype_));  // between steps the state has the precision of its dtype
   if (cell_.has_cell) c0_.copy_(c0_.to(dtype_));
-  return output_.to(dtype_);
+  return result_ = output_.to(dtype_);
+}
+
+void Call::set_state(const MaybeTensor& h, const MaybeTensor& c) {
+  const auto set = [](Tensor& to, const MaybeTensor& from) { has(from) ? to.copy_(*from) : to.zero_(); };
+  set(h0_, h);
+  if (cell_.has_cell) set(c0_, c);
+}
+
+void Call::reset(const bool* where) {
+  for (int64_t n = 0; n < size_.N; ++n) {
+    if (!where[n]) continue;
+    h0_.select(0, n).zero_();
+    if (cell_.has_cell) c0_.select(0, n).zero_();
+  }
 }
 
 Gradients Call::backward(const MaybeTensor& grad_output, const MaybeTensor& grad_h_n, const MaybeTensor& grad_c_n,
@@ -194,6 +275,7 @@ Gradients Call::backward(const MaybeTensor& grad_output, const MaybeTensor& grad
   const auto check_gradient = [&](const char* argument, const MaybeTensor& t, std::vector<Dim> dims) {
     if (!has(t)) return;
     TORCH_CHECK_TYPE(t->scalar_type() == dtype_, what(argument), "expected ", dtype_, ", got ", t->scalar_type());
+    check_device(argument, *t);
     check_shape(argument, *t, dims);
   };
   std::vector<Dim> output_dims = outer_dims_;
@@ -207,17 +289,19 @@ Gradients Call::backward(const MaybeTensor& grad_output, const MaybeTensor& grad
   check_gradient("grad_all_c", grad_all_c, output_dims);
   const int64_t block = 64 / c10::elementSize(compute_), saved_rows = is_packed_ ? z.R : z.T * z.N;
   const auto check_saved = [&](const char* argument, const Tensor& t, bool kept, int64_t units, int64_t slots) {
-    const int64_t count = kept ? saved_rows * ((units + block - 1) / block * block) * slots : 0;
+    const int64_t count = !kept        ? 0
+                          : recompute_ ? (num_parts() - 1) * z.N * units
+                                       : saved_rows * ((units + block - 1) / block * block) * slots;
     TORCH_CHECK_VALUE(
         t.scalar_type() == compute_ && t.is_contiguous() && t.device() == input_.device() && t.numel() == count,
         what(argument), "expected what _", cell_.name, "_forward returned, ", count, " elements of ", compute_,
         ", got ", t.scalar_type(), " of shape ", t.sizes());
   };
-  check_saved("gates", gates, true, z.H, cell_.slots);
+  check_saved("gates", gates, !recompute_, z.H, cell_.slots);
   check_saved("cells", cells, cell_.has_cell, z.H, 1);
-  check_saved("hidden", hidden, saves_hidden(), z.P, 1);
+  check_saved("hidden", hidden, recompute_ || saves_hidden(), z.P, 1);
 
-  const auto options = input_.options().dtype(compute_);
+  const auto options = input_.options().dtype(storage_);
   std::vector<int64_t> input_shape = outer_;
   input_shape.push_back(z.I);
   const auto wanted = [&](int i, bool exists, at::IntArrayRef shape) {
@@ -243,30 +327,30 @@ Gradients Call::backward(const MaybeTensor& grad_output, const MaybeTensor& grad
     for (size_t i = 0; i < units.size(); ++i) {
       std::vector<int64_t> shape = outer_;
       shape.push_back(units[i]);
-      grad[kFirstWeight + i] = lengths_.defined() ? at::zeros(shape, options) : empty(shape, options);
+      const auto wide = options.dtype(compute_);
+      grad[kFirstWeight + i] = lengths_.defined() ? at::zeros(shape, wide) : empty(shape, wide);
     }
   }
   fill_rows();
   const Tensor doutput = has(grad_output) ? rows(*grad_output) : Tensor();
   const Tensor dall_c = has(grad_all_c) ? rows(*grad_all_c) : Tensor();
   const Tensor dh_n = dense(grad_h_n), dc_n = cell_.has_cell ? dense(grad_c_n) : Tensor();
-  const auto run = [&](auto zero, const auto& driver) {
-    using T = decltype(zero);
-    SequenceParams<T> p = params<T>(true);
-    set_saved(p, gates, cells, hidden);
-    p.doutput = view<T>(doutput);
-    p.dall_c = view<T>(dall_c);
-    p.dh_n = data<T>(dh_n), p.dc_n = data<T>(dc_n);
-    const auto target = [&](int i, bool exists) {
-      return needs[i] && exists ? grad[i].template mutable_data_ptr<T>() : nullptr;
-    };
+  const auto run = [&](auto types, const auto& driver) {
+    using T = typename decltype(types)::T;
+    using E = typename decltype(types)::E;
+    auto p = params<T, E>(true);
+    if (!recompute_) set_saved(p, gates, cells, hidden);
+    p.doutput = view<E>(doutput);
+    p.dall_c = view<E>(dall_c);
+    p.dh_n = data<E>(dh_n), p.dc_n = data<E>(dc_n);
+    const auto target = [&](int i, bool exists) { return needs[i] && exists ? mutable_data<E>(grad[i]) : nullptr; };
     p.dinput = {target(0, !is_tokens_), z.N * z.I, z.I};
     p.dh0 = target(1, true), p.dc0 = target(2, cell_.has_cell);
     if (factors) {
       Rows<T>* rows[] = {&p.dgates_ih, &p.dgates_hh, &p.h_prev, &p.dprojected, &p.h_raw};
       for (int i = 0; i < kNumFactors; ++i) {
         Tensor& t = grad[kFirstWeight + i];
-        *rows[i] = {t.template mutable_data_ptr<T>(), z.N * t.size(-1), t.size(-1)};
+        *rows[i] = {mutable_data<T>(t), z.N * t.size(-1), t.size(-1)};
       }
     } else {
       p.dw_ih = target(3, true), p.dw_hh = target(4, true);
@@ -274,10 +358,12 @@ Gradients Call::backward(const MaybeTensor& grad_output, const MaybeTensor& grad
       p.dw_hr = target(7, weight_hr_.defined());
       p.dw_ch = target(8, weight_ch_.defined()), p.dw_ln = target(9, weight_ln_.defined());
     }
+    if constexpr (std::is_same_v<T, E>)
+      if (recompute_) return backward_in_parts(p, driver, cells, hidden);
     run_driver(p, driver.backward_scratch, driver.backward);
   };
   dispatch(run);
-  for (int i = 0; i < (factors ? kFirstWeight : kNumGradients); ++i) grad[i] = grad[i].to(dtype_);
+  for (int i = 0; i < (factors ? kFirstWeight : kNumGradients); ++i) grad[i] = as(grad[i], dtype_);
   return std::apply([&](auto&... g) { return Gradients(g...); }, grad);
 }
 
@@ -303,6 +389,11 @@ void Call::check_shape(const char* argument, const Tensor& t, std::initializer_l
   check_shape<std::initializer_list<Dim>>(argument, t, dims);
 }
 
+void Call::check_device(const char* argument, const Tensor& t) const {
+  TORCH_CHECK(t.device() == device_, what(argument), "expected a tensor on ", device_, ", where input is, got one on ",
+              t.device());
+}
+
 void Call::check_dtype_and_device(const Tensor& input, const MaybeTensor& h0, const MaybeTensor& c0,
                                   const Tensor& weight_ih, const Tensor& weight_hh, const MaybeTensor& bias_ih,
                                   const MaybeTensor& bias_hh, const MaybeTensor& weight_hr) const {
@@ -315,8 +406,12 @@ void Call::check_dtype_and_device(const Tensor& input, const MaybeTensor& h0, co
     TORCH_CHECK_TYPE(t.scalar_type() == dtype || (is_tokens_ && t.is_same(input)), what(argument),
                      "expected the dtype of ", is_tokens_ ? "weight_ih" : "input", ", ", dtype, ", got ",
                      t.scalar_type());
-    TORCH_CHECK(t.device().is_cpu(), what(argument), "expected a CPU tensor, got one on ", t.device());
+    check_device(argument, t);
   };
+#ifndef RNNFAST_CUDA
+  TORCH_CHECK(device_.is_cpu(), what("input"), "expected a tensor on the CPU, got one on ", device_,
+              ": this build has no CUDA kernels (python -m rnnfast says why)");
+#endif
   check("input", input);
   if (has(h0)) check("h0", *h0);
   if (has(c0)) check("c0", *c0);
@@ -338,7 +433,7 @@ void Call::check_extras(const Tensor& like, const MaybeTensor& weight_ch, const 
     TORCH_CHECK_VALUE(t->layout() == at::kStrided, what(argument), "expected a dense tensor, got layout ", t->layout());
     TORCH_CHECK_TYPE(t->scalar_type() == like.scalar_type(), what(argument), "expected the dtype of weight_ih, ",
                      like.scalar_type(), ", got ", t->scalar_type());
-    TORCH_CHECK(t->device().is_cpu(), what(argument), "expected a CPU tensor, got one on ", t->device());
+    check_device(argument, *t);
     check_shape(argument, *t, dims);
   };
   const int64_t V = cell_.peepholes;
@@ -368,11 +463,22 @@ void Call::check_tokens(const Tensor& tokens, bool is_packed) const {
                     is_packed ? "expected 1 dimension [rows] for tokens with batch_sizes, got "
                               : "expected 2 dimensions [T, N] for tokens, or 1 for one step [N], got ",
                     tokens.sizes());
-  const Tensor dense = tokens.contiguous();
-  const int64_t* token = dense.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < dense.numel(); ++i)
-    TORCH_CHECK_INDEX(token[i] >= 0 && token[i] < size_.I, what("input"), "expected tokens from 0 to ", size_.I - 1,
-                      ", the columns of weight_ih, got ", token[i]);
+  if (device_.is_cpu()) check_token_range(tokens.contiguous());
+}
+
+void Call::check_token_range(const Tensor& tokens) const {
+  const auto check = [&](int64_t token) {
+    TORCH_CHECK_INDEX(token >= 0 && token < size_.I, what("input"), "expected tokens from 0 to ", size_.I - 1,
+                      ", the columns of weight_ih, got ", token);
+  };
+  if (device_.is_cpu()) {
+    const int64_t* token = tokens.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < tokens.numel(); ++i) check(token[i]);
+  } else if (tokens.numel() > 0 && !is_capturing()) {
+    const auto [least, most] = at::aminmax(tokens);
+    const Tensor both = at::stack({least, most}).cpu();
+    check(both[0].item<int64_t>()), check(both[1].item<int64_t>());
+  }
 }
 
 Tensor Call::checked_integers(const char* argument, const Tensor& t) const {
@@ -437,7 +543,7 @@ void Call::check_layout(const Tensor& input, const MaybeTensor& batch_sizes, con
   }
   if (has(resets)) {
     TORCH_CHECK_TYPE(resets->scalar_type() == at::kBool, what("resets"), "expected bool, got ", resets->scalar_type());
-    TORCH_CHECK(resets->device().is_cpu(), what("resets"), "expected a CPU tensor, got one on ", resets->device());
+    check_device("resets", *resets);
     TORCH_CHECK_VALUE(input.dim() == 3, what("resets"), "expected None for a single step");
     check_shape("resets", *resets, {{"T", size_.T}, {"N", size_.N}});
     resets_ = resets->contiguous();
@@ -461,32 +567,37 @@ void Call::fill_rows() {
   first_row_.resize(size_.T);
   size_.R = 0;
   for (int64_t t = 0; t < size_.T; ++t) first_row_[t] = size_.R, size_.R += active_[t];
+
+  if (device_.is_cpu() || !(is_packed_ || lengths_.defined())) return;
+  // A captured graph would copy again and again from memory that is ours for this call only.
+  TORCH_CHECK(!is_capturing(), what(is_packed_ ? "batch_sizes" : "lengths"),
+              "expected None while a CUDA graph is captured: their values are read on the host");
+  // The copy is in the order of the stream: torch keeps the pinned memory until it is done, and ours on the device is
+  // used again by later work only.
+  const Tensor pinned =
+      at::empty({is_packed_ ? 2 * size_.T : size_.N}, at::TensorOptions(at::kLong).pinned_memory(true));
+  int64_t* numbers = pinned.mutable_data_ptr<int64_t>();
+  if (is_packed_)
+    std::copy(first_row_.begin(), first_row_.end(), std::copy(active_.begin(), active_.end(), numbers));
+  else
+    std::copy_n(lengths_.const_data_ptr<int64_t>(), size_.N, numbers);
+  on_device_ = pinned.to(device_, at::kLong, /*non_blocking=*/true);
 }
 
 Tensor Call::rows(const Tensor& t) const {
-  const Tensor wide = t.to(compute_);
-  return wide.size(-1) > 1 && wide.stride(-1) != 1 ? wide.contiguous() : wide;
+  const Tensor stored = as(t, storage_);
+  return stored.size(-1) > 1 && stored.stride(-1) != 1 ? stored.contiguous() : stored;
 }
 
-template <typename T>
-const T* Call::data(const Tensor& t) {
-  return t.defined() ? t.const_data_ptr<T>() : nullptr;
-}
-
-template <typename T>
-Rows<const T> Call::view(const Tensor& t) {
-  if (!t.defined()) return {nullptr, 0, 0};
-  return {t.const_data_ptr<T>(), t.dim() == 3 ? t.stride(0) : 0, t.stride(-2)};
-}
-
-template <typename T>
-SequenceParams<T> Call::params(bool backward) const {
-  SequenceParams<T> p{};
+template <typename T, typename E>
+SequenceParams<T, E> Call::params(bool backward) const {
+  SequenceParams<T, E> p{};
   p.size = size_;
   Sizes work = size_;
   if (is_tokens_) work.I = 1;  // a look-up, whatever the vocabulary
   p.plan = make_plan(work, cell_, at::in_parallel_region() ? 1 : at::get_num_threads(), backward);
   p.reverse = reverse_;
+  p.is_first_part = p.is_last_part = true;
   p.is_packed = is_packed_;
   p.parallel_for = [](int64_t n, int threads, void* context, void (*body)(void*, int64_t, int64_t)) {
     at::parallel_for(0, n, (n + threads - 1) / threads, [&](int64_t begin, int64_t end) { body(context, begin, end); });
@@ -498,23 +609,35 @@ SequenceParams<T> Call::params(bool backward) const {
   if (is_tokens_)
     p.tokens = {input_.const_data_ptr<int64_t>(), size_.N, 1};
   else
-    p.input = view<T>(input_);
-  p.h0 = data<T>(h0_), p.c0 = data<T>(c0_);
-  p.w_ih = data<T>(weight_ih_), p.w_hh = data<T>(weight_hh_);
-  p.b_ih = data<T>(bias_ih_), p.b_hh = data<T>(bias_hh_), p.w_hr = data<T>(weight_hr_);
-  p.w_ch = data<T>(weight_ch_), p.w_ln = data<T>(weight_ln_), p.recurrent_mask = data<T>(recurrent_mask_);
-  p.keep_h = view<T>(zoneout_h_), p.keep_c = view<T>(zoneout_c_);
+    p.input = view<E>(input_);
+  p.h0 = data<E>(h0_), p.c0 = data<E>(c0_);
+  p.w_ih = data<E>(weight_ih_), p.w_hh = data<E>(weight_hh_);
+  p.b_ih = data<E>(bias_ih_), p.b_hh = data<E>(bias_hh_), p.w_hr = data<E>(weight_hr_);
+  p.w_ch = data<E>(weight_ch_), p.w_ln = data<E>(weight_ln_), p.recurrent_mask = data<E>(recurrent_mask_);
+  p.keep_h = view<E>(zoneout_h_), p.keep_c = view<E>(zoneout_c_);
+
+  const int64_t* on_device = data<int64_t>(on_device_);
+  if (is_packed_) {
+    p.device.active = on_device ? on_device : active_.data();
+    p.device.first_row = on_device ? on_device + size_.T : first_row_.data();
+  } else if (lengths_.defined()) {
+    p.device.lengths = on_device ? on_device : lengths_.const_data_ptr<int64_t>();
+  }
   return p;
 }
 
-template <typename T>
-void Call::set_saved(SequenceParams<T>& p, const Tensor& gates, const Tensor& cells, const Tensor& hidden) {
+template <typename T, typename E>
+void Call::set_saved(SequenceParams<T, E>& p, const Tensor& gates, const Tensor& cells, const Tensor& hidden) {
   const auto saved = [](const Tensor& t) { return t.numel() ? static_cast<T*>(t.data_ptr()) : nullptr; };
   p.gates = saved(gates), p.cells = saved(cells), p.hidden = saved(hidden);
 }
 
-template <typename T, typename Size, typename Run>
-void Call::run_driver(SequenceParams<T>& p, Size scratch_size, Run run) const {
+template <typename T, typename E, typename Size, typename Run>
+void Call::run_driver(SequenceParams<T, E>& p, Size scratch_size, Run run) const {
+#ifdef RNNFAST_CUDA
+  std::optional<CudaDevice> device;
+  if (device_.is_cuda()) device.emplace(storage_, p.device);
+#endif
   const Scratch scratch(scratch_size(p), input_.options().dtype(compute_));
   p.scratch = scratch.data<T>();
   run(p);
@@ -522,37 +645,90 @@ void Call::run_driver(SequenceParams<T>& p, Size scratch_size, Run run) const {
 
 template <typename Run>
 void Call::dispatch(const Run& run) const {
-  if (compute_ == at::kDouble)
-    run(double{}, drivers().f64[index_]);
+  if (storage_ == at::kDouble)
+    run(Types<double, double>{}, table_.f64[index_]);
+  else if (storage_ == at::kFloat)
+    run(Types<float, float>{}, table_.f32[index_]);
+  else if (storage_ == at::kHalf)
+    run(Types<float, Half>{}, table_.f16[index_]);
   else
-    run(float{}, drivers().f32[index_]);
+    run(Types<float, BFloat16>{}, table_.bf16[index_]);
 }
 
-namespace {
+int64_t Call::part_steps() const {
+  // Few steps keep little, but each part must have rows for its products. ops.py computes it too.
+  constexpr int64_t kSteps = 8, kRows = 512;
+  return std::max(kSteps, kRows / std::max<int64_t>(size_.N, 1));
+}
 
-class CallStepper : public Stepper {
- public:
-  explicit CallStepper(Call call) : call_(std::move(call)) {}
-  Tensor step(const Tensor& input) override { return call_.step(input); }
-  Tensor h() const override { return call_.last_h(); }
-  Tensor c() const override { return call_.last_c(); }
+template <typename T>
+SequenceParams<T> Call::part(SequenceParams<T> p, int64_t i) const {
+  const int64_t at = reverse_ ? num_parts() - 1 - i : i;
+  const int64_t t0 = at * part_steps(), t1 = std::min(t0 + part_steps(), size_.T);
+  p.size.T = t1 - t0;
+  p.size.R = first_row_[t1 - 1] + active_[t1 - 1] - first_row_[t0];
+  p.has_step_after = t1 < size_.T;
+  p.active += t0, p.first_row += t0;
+  if (p.resets) p.resets += t0 * size_.N;
+  const auto begin_at = [&](auto&... rows) { ((rows.data = rows.data ? rows.data + t0 * rows.step : nullptr), ...); };
+  if (!is_packed_)  // else first_row says it
+    begin_at(p.input, p.tokens, p.keep_h, p.keep_c, p.output, p.all_c, p.doutput, p.dall_c, p.dinput, p.dgates_ih,
+             p.dgates_hh, p.h_prev, p.dprojected, p.h_raw);
+  return p;
+}
 
- private:
-  Call call_;
-};
+template <typename T>
+T* Call::after_part(const Tensor& states, int64_t i) const {
+  return states.numel() ? static_cast<T*>(states.data_ptr()) + i * size_.N * states.size(-1) : nullptr;
+}
 
-}  // namespace
+template <typename T>
+void Call::forward_in_parts(const SequenceParams<T>& p, const Driver<T>& driver, const Tensor& cells,
+                            const Tensor& hidden) const {
+  for (int64_t i = 0, count = num_parts(); i < count; ++i) {
+    SequenceParams<T> one = part(p, i);
+    if (i > 0) one.h0 = after_part<T>(hidden, i - 1), one.c0 = after_part<T>(cells, i - 1);
+    if (i + 1 < count) one.h_n = after_part<T>(hidden, i), one.c_n = after_part<T>(cells, i);
+    one.is_first_part = i == 0;
+    driver.forward(one);
+  }
+}
 
-std::unique_ptr<Stepper> make_stepper(const std::string& cell, const Tensor& input, const MaybeTensor& h0,
-                                      const MaybeTensor& c0, const std::vector<MaybeTensor>& weights) {
-  const DriverTable& table = drivers();
-  const auto* end = table.cells + table.num_cells;
-  const auto* found = std::find_if(table.cells, end, [&](const CellInfo& info) { return cell == info.name; });
-  TORCH_CHECK_VALUE(found != end, "cell: expected one of this build, got ", cell);
-  return std::make_unique<CallStepper>(Call(static_cast<int>(found - table.cells), input, h0, c0, *weights.at(0),
-                                            *weights.at(1), weights.at(2), weights.at(3), weights.at(4), std::nullopt,
-                                            std::nullopt, std::nullopt, false, weights.at(5), std::nullopt,
-                                            weights.at(6), weights.at(7), weights.at(8)));
+template <typename T>
+void Call::backward_in_parts(const SequenceParams<T>& p, const Driver<T>& driver, const Tensor& cells,
+                             const Tensor& hidden) const {
+  const auto options = input_.options().dtype(compute_);
+  const int64_t count = num_parts();
+  SequenceParams<T> backward = p, forward = params<T, T>(false);
+  forward.training = true;
+  const auto pad = [](int64_t units) { return (units + kBlock<T> - 1) / kBlock<T> * kBlock<T>; };
+  const int64_t rows = std::min(part_steps(), size_.T) * size_.N;
+  const int64_t sizes[] = {driver.backward_scratch(backward), driver.forward_scratch(forward),
+                           rows * pad(size_.H) * cell_.slots, cell_.has_cell ? rows * pad(size_.H) : 0,
+                           saves_hidden() ? rows * pad(size_.P) : 0};
+  const Scratch scratch(std::accumulate(std::begin(sizes), std::end(sizes), int64_t{0}), options);
+  backward.scratch = scratch.data<T>();
+  forward.scratch = backward.scratch + sizes[0];
+  forward.gates = forward.scratch + sizes[1];
+  forward.cells = forward.gates + sizes[2];
+  forward.hidden = saves_hidden() ? forward.cells + sizes[3] : nullptr;
+  backward.gates = forward.gates, backward.cells = forward.cells, backward.hidden = forward.hidden;
+
+  // The gradient of the state, from part to part.
+  const Tensor dh = count > 1 ? at::empty({size_.N, size_.P}, options) : Tensor();
+  const Tensor dc = count > 1 && cell_.has_cell ? at::empty({size_.N, size_.H}, options) : Tensor();
+  const auto memory = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
+  for (int64_t i = count - 1; i >= 0; --i) {
+    SequenceParams<T> again = part(forward, i), one = part(backward, i);
+    if (i > 0) again.h0 = after_part<T>(hidden, i - 1), again.c0 = after_part<T>(cells, i - 1);
+    one.h0 = again.h0, one.c0 = again.c0;
+    if (i + 1 < count) one.dh_n = memory(dh), one.dc_n = memory(dc);
+    if (i > 0) one.dh0 = memory(dh), one.dc0 = memory(dc);
+    again.is_first_part = one.is_first_part = i + 1 == count;
+    one.is_last_part = i == 0;
+    driver.forward(again);
+    driver.backward(one);
+  }
 }
 
 }  // namespace rnnfast

@@ -2,7 +2,6 @@
 // own last output back to it: input, the stack of layers, output layer, choice. The kernels are those of the operators,
 // with the shapes a loop over the modules would use, so that both give the same numbers. No gradients here.
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -19,102 +18,7 @@
 namespace rnnfast {
 namespace {
 
-using at::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 using MaybeTensors = c10::List<std::optional<Tensor>>;
-
-// weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, zoneout of h and of c, each [H], and weight_ln.
-constexpr int64_t kWeightsPerLayer = 9;
-
-// The layers of a module, one direction, with the state between calls.
-class Stack {
- public:
-  // h [L, N, P] and c [L, N, H] or null for zeros; weights: kWeightsPerLayer for each layer, those not there null.
-  Stack(const std::string& cell, const MaybeTensors& weights, const MaybeTensor& h, const MaybeTensor& c)
-      : cell_(cell), op_(c10::Dispatcher::singleton().findSchemaOrThrow(("rnnfast::" + cell).c_str(), "").typed<Op>()) {
-    TORCH_CHECK_VALUE(!weights.empty() && weights.size() % kWeightsPerLayer == 0, "weights: expected ",
-                      kWeightsPerLayer, " for each layer, got ", weights.size());
-    const int64_t layers = static_cast<int64_t>(weights.size()) / kWeightsPerLayer;
-    for (int64_t l = 0; l < layers; ++l) {
-      std::vector<MaybeTensor> own;
-      for (int64_t i = 0; i < kWeightsPerLayer; ++i) own.push_back(weights.get(l * kWeightsPerLayer + i));
-      TORCH_CHECK_VALUE(own[0] && own[1], "weights: expected weight_ih and weight_hh of layer ", l, ", got None");
-      weights_.push_back(std::move(own));
-    }
-    h_.resize(layers), c_.resize(layers);
-    set_state(h, c);
-  }
-
-  void set_state(const MaybeTensor& h, const MaybeTensor& c) {
-    const auto unbind = [&](const char* name, const MaybeTensor& state, std::vector<MaybeTensor>& to) {
-      if (!state) {
-        std::fill(to.begin(), to.end(), std::nullopt);
-        return;
-      }
-      TORCH_CHECK_VALUE(state->dim() == 3 && state->size(0) == static_cast<int64_t>(to.size()), name,
-                        ": expected [L, N, ...] with L = ", to.size(), ", got ", state->sizes());
-      for (size_t l = 0; l < to.size(); ++l) to[l] = state->select(0, static_cast<int64_t>(l));
-    };
-    unbind("h", h, h_);
-    unbind("c", c, c_);
-  }
-
-  // [T, N, I] or tokens [T, N] to [T, N, P].
-  Tensor run(Tensor x) {
-    for (size_t l = 0; l < weights_.size(); ++l) {
-      const auto w = weights_for(l, x);
-      auto [output, h, c] = op_.call(x, h_[l], c_[l], *w[0], *w[1], w[2], w[3], w[4], std::nullopt, std::nullopt,
-                                     std::nullopt, false, w[5], std::nullopt, w[6], w[7], w[8]);
-      x = std::move(output);
-      h_[l] = std::move(h);
-      c_[l] = c.dim() == 2 ? MaybeTensor(std::move(c)) : std::nullopt;
-    }
-    return x;
-  }
-
-  // One step, [1, N, I] or tokens [1, N] to [1, N, P]; the result is written again by the next. After it, no `run`.
-  Tensor step(Tensor x) {
-    for (size_t l = 0; l < weights_.size(); ++l) {
-      if (l == steppers_.size()) steppers_.push_back(make_stepper(cell_, x, h_[l], c_[l], weights_for(l, x)));
-      x = steppers_[l]->step(x);
-    }
-    return x;
-  }
-
-  // h [L, N, P] and c [L, N, H] ([0] for a cell without), in memory of their own.
-  std::tuple<Tensor, Tensor> state(const at::TensorOptions& options) const {
-    const auto stack = [&](const std::vector<MaybeTensor>& from, Tensor (Stepper::*now)() const) {
-      std::vector<Tensor> all;
-      for (size_t l = 0; l < from.size(); ++l) {
-        const Tensor one = steppers_.empty() ? from[l].value_or(Tensor()) : (*steppers_[l].*now)();
-        if (!one.defined()) return at::empty({0}, options);
-        all.push_back(one);
-      }
-      return at::stack(all);
-    };
-    return {stack(h_, &Stepper::h), stack(c_, &Stepper::c)};
-  }
-
- private:
-  // Those of layer l, zoneout expanded to the steps and sequences of x: [T, N, H].
-  std::vector<MaybeTensor> weights_for(size_t l, const Tensor& x) const {
-    std::vector<MaybeTensor> w = weights_[l];
-    for (const size_t i : {6, 7})
-      if (w[i]) w[i] = w[i]->expand({x.size(0), x.size(1), w[i]->size(-1)});
-    return w;
-  }
-
-  using Op = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const MaybeTensor&, const MaybeTensor&, const Tensor&,
-                                                const Tensor&, const MaybeTensor&, const MaybeTensor&,
-                                                const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-                                                const MaybeTensor&, bool, const MaybeTensor&, const MaybeTensor&,
-                                                const MaybeTensor&, const MaybeTensor&, const MaybeTensor&);
-  std::string cell_;
-  c10::TypedOperatorHandle<Op> op_;
-  std::vector<std::vector<MaybeTensor>> weights_;
-  std::vector<MaybeTensor> h_, c_;  // before the first step
-  std::vector<std::unique_ptr<Stepper>> steppers_;
-};
 
 // What linear(x, weight, bias) gives of x [1, N, P], as [N, O], again and again into the same memory.
 class Output {
@@ -209,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> generate(
                     ", got ", stop_token);
 
   const at::NoGradGuard no_grad;
-  Stack stack(cell, weights, h, c);
+  Stack stack(cell, weights.vec(), h, c, false);
   Output output(output_weight, output_bias);
   Choice choose(V, sample, alpha, top_k, top_p);
   Tensor tokens = at::empty({num_tokens, N}, at::kLong), done = finished.clone(), next = scores.clone();
@@ -258,7 +162,7 @@ std::tuple<Tensor, Tensor> forecast(std::string cell, const MaybeTensor& window,
   TORCH_CHECK_VALUE(!sample || distribution, "sample: expected false without a distribution");
   const int64_t F = output_weight.size(0) / (distribution ? 2 : 1);
   const at::NoGradGuard no_grad;
-  Stack stack(cell, weights, h, c);
+  Stack stack(cell, weights.vec(), h, c, false);
   Output output(output_weight, output_bias);
   std::vector<Tensor> means, scales, recent;
   if (window) recent = window->unbind(0);

@@ -8,7 +8,11 @@
 namespace rnnfast {
 
 Members::Members(int index, RNNFAST_ARGUMENTS)
-    : index_(index), count_(weight_ih.size(0)), is_tokens_(input.scalar_type() == at::kLong), reverse_(reverse) {
+    : index_(index),
+      count_(weight_ih.size(0)),
+      is_tokens_(input.scalar_type() == at::kLong),
+      reverse_(reverse),
+      recompute_(recompute) {
   const std::string name = std::string("rnnfast::") + drivers().cells[index].name;
   const auto check = [&](const char* argument, const MaybeTensor& t, int64_t dims) {
     if (!has(t)) return;
@@ -124,12 +128,17 @@ void Members::each(bool backward, const F& run) const {
     return Call(index_, *every(input, is_tokens_ ? -1 : -2, e), every(h0, 0, e), every(c0, 0, e),
                 weight_ih->select(0, e), weight_hh->select(0, e), own(bias_ih), own(bias_hh), own(weight_hr),
                 batch_sizes_, every(lengths, 0, e), every(resets, 1, e), reverse_, own(weight_ch),
-                every(recurrent_mask, -2, e), every(zoneout_h, -2, e), every(zoneout_c, -2, e), own(weight_ln));
+                every(recurrent_mask, -2, e), every(zoneout_h, -2, e), every(zoneout_c, -2, e), own(weight_ln),
+                recompute_);
   };
   const auto range = [&](int64_t begin, int64_t end) {
     at::AutoDispatchBelowADInplaceOrView below;  // other threads do not know where this one stands
     for (int64_t e = begin; e < end; ++e) run(e, member(e));
   };
+  if (!input->is_cpu()) {
+    range(0, count_);
+    return;
+  }
   // Whether threads pay: as if the rows of all members were those of one.
   const CellInfo& cell = drivers().cells[index_];
   const int threads = at::get_num_threads();

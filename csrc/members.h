@@ -6,8 +6,8 @@
 namespace rnnfast {
 
 // Weights with a dimension E in front are those of E members; sequence n of the batch runs with weights n % E, and
-// every member has as many sequences. A member is one Call on its slices. Members run on threads of their own, unless
-// one alone can use more threads than there are members.
+// every member has as many sequences. A member is one Call on its slices. On the CPU members run on threads of their
+// own, unless one alone can use more threads than there are members; on CUDA one after the other.
 class Members {
  public:
   Members(int index, RNNFAST_ARGUMENTS);
@@ -28,7 +28,7 @@ class Members {
 
   const int index_;
   const int64_t count_;
-  const bool is_tokens_, reverse_;
+  const bool is_tokens_, reverse_, recompute_;
   MaybeTensor batch_sizes_;
   std::array<MaybeTensor, 15> tensors_;  // those with a gradient first
 };

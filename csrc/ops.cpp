@@ -8,6 +8,7 @@
 // weights in members.cpp. Fake kernels, the double backward and torch.func's transforms are registered from Python
 // (ops.py).
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -30,7 +31,7 @@ constexpr const char* kSchemaArguments =
     "Tensor input, Tensor? h0, Tensor? c0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
     "Tensor? weight_hr, Tensor? batch_sizes=None, Tensor? lengths=None, Tensor? resets=None, bool reverse=False, "
     "Tensor? weight_ch=None, Tensor? recurrent_mask=None, Tensor? zoneout_h=None, Tensor? zoneout_c=None, "
-    "Tensor? weight_ln=None";
+    "Tensor? weight_ln=None, bool recompute=False";
 
 bool has_factors(const CellInfo& cell) {
   return cell.late_gates == 0 && cell.peepholes == 0 && cell.norm_vectors == 0;
@@ -43,6 +44,7 @@ using ForwardOp = SavingOutputs(RNNFAST_ARGUMENTS);
   const MaybeTensor &grad_output, const MaybeTensor &grad_h_n, const MaybeTensor &grad_c_n, RNNFAST_ARGUMENTS, \
       const Tensor &gates, const Tensor &cells, const Tensor &hidden, std::array<bool, kNumGradients> needs,   \
       const MaybeTensor &grad_all_c
+#define RNNFAST_BACKWARD_PASS grad_output, grad_h_n, grad_c_n, RNNFAST_PASS, gates, cells, hidden, needs, grad_all_c
 using BackwardOp = Gradients(RNNFAST_BACKWARD_ARGUMENTS);
 using CellOp = Outputs(RNNFAST_ARGUMENTS);
 using ForwardAllCOp = SavingOutputsAllC(RNNFAST_ARGUMENTS);
@@ -94,6 +96,7 @@ class Autograd : public torch::autograd::Function<Autograd> {
                             maybe(weight_ln)});
     ctx->saved_data["index"] = index;
     ctx->saved_data["reverse"] = reverse;
+    ctx->saved_data["recompute"] = recompute;
     ctx->set_materialize_grads(false);
     if (!drivers().cells[index].has_cell) ctx->mark_non_differentiable({c_n});
     if (with_all_c) return {output, h_n, c_n, all_c};
@@ -115,15 +118,16 @@ class Autograd : public torch::autograd::Function<Autograd> {
     for (int i = 1; i < 4; ++i) next(kSavedExtra + i);  // the masks
     needs[kPlain + 1] = next(kSavedExtra + 4);
     constexpr int kFirst = 2;  // index, with_all_c, then the arguments
-    variable_list result(kFirst + 17);
+    variable_list result(kFirst + 18);
     if (std::none_of(grad.begin(), grad.end(), [](const Tensor& g) { return g.defined(); })) return result;
     const auto call = [&] {
       return Operators::of(ctx->saved_data["index"].toInt())
           .backward.call(maybe(grad[0]), maybe(grad[1]), maybe(grad[2]), saved[0], maybe(saved[1]), maybe(saved[2]),
                          saved[3], saved[4], maybe(saved[5]), maybe(saved[6]), maybe(saved[7]), maybe(saved[8]),
                          maybe(saved[9]), maybe(saved[10]), ctx->saved_data["reverse"].toBool(), maybe(saved[14]),
-                         maybe(saved[15]), maybe(saved[16]), maybe(saved[17]), maybe(saved[18]), saved[11], saved[12],
-                         saved[13], needs, grad.size() > 3 ? maybe(grad[3]) : std::nullopt);
+                         maybe(saved[15]), maybe(saved[16]), maybe(saved[17]), maybe(saved[18]),
+                         ctx->saved_data["recompute"].toBool(), saved[11], saved[12], saved[13], needs,
+                         grad.size() > 3 ? maybe(grad[3]) : std::nullopt);
     };
     // With create_graph the call is itself differentiable (ops.py); else autograd is skipped.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below;
@@ -170,8 +174,19 @@ OutputsAllC autograd_cell_all_c(int64_t index, RNNFAST_ARGUMENTS) {
 }
 
 SavingOutputsAllC run_forward(int index, bool save, bool with_all_c, RNNFAST_ARGUMENTS) {
+  const c10::DeviceGuard guard(input.device());
   if (weight_ih.dim() == 3) return Members(index, RNNFAST_PASS).forward(save, with_all_c);
   return Call(index, RNNFAST_PASS).forward(save, with_all_c);
+}
+
+// With `factors` as Call::backward.
+Gradients run_backward(int index, bool factors, RNNFAST_BACKWARD_ARGUMENTS) {
+  const c10::DeviceGuard guard(input.device());
+  if (weight_ih.dim() == 3 && !factors)
+    return Members(index, RNNFAST_PASS)
+        .backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c);
+  return Call(index, RNNFAST_PASS)
+      .backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c, factors);
 }
 
 // For each of `size` examples the product left^T right over its rows: [..., N*B, J] and [..., N*B, K] to [B, J, K].
@@ -229,7 +244,10 @@ TORCH_LIBRARY(rnnfast, m) {
   }
 }
 
-TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
+namespace {
+
+// The operators of a kind of device.
+void register_kernels(torch::Library& m) {
   m.impl("_sample_products", &sample_products);
   const DriverTable& table = drivers();
   for (int i = 0; i < table.num_cells; ++i) {
@@ -250,21 +268,26 @@ TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
       m.impl(("_" + name + "_all_c_forward").c_str(),
              [i](RNNFAST_ARGUMENTS) { return run_forward(i, true, true, RNNFAST_PASS); });
     }
-    m.impl(("_" + name + "_backward").c_str(), [i](RNNFAST_BACKWARD_ARGUMENTS) {
-      if (weight_ih.dim() == 3)
-        return Members(i, RNNFAST_PASS)
-            .backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c);
-      return Call(i, RNNFAST_PASS)
-          .backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c, false);
-    });
+    m.impl(("_" + name + "_backward").c_str(),
+           [i](RNNFAST_BACKWARD_ARGUMENTS) { return run_backward(i, false, RNNFAST_BACKWARD_PASS); });
     if (!has_factors(table.cells[i])) continue;
     m.impl(("_" + name + "_backward_factors").c_str(), [i](RNNFAST_BACKWARD_ARGUMENTS) {
       auto [dinput, dh0, dc0, gates_ih, gates_hh, h_prev, projected, h_raw, none, nothing] =
-          Call(i, RNNFAST_PASS)
-              .backward(grad_output, grad_h_n, grad_c_n, gates, cells, hidden, needs, grad_all_c, true);
+          run_backward(i, true, RNNFAST_BACKWARD_PASS);
       return Factors(dinput, dh0, dc0, gates_ih, gates_hh, h_prev, projected, h_raw);
     });
   }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
+  register_kernels(m);
+}
+
+// In a build without CUDA kernels too: Call says then that there are none.
+TORCH_LIBRARY_IMPL(rnnfast, CUDA, m) {
+  register_kernels(m);
 }
 
 TORCH_LIBRARY_IMPL(rnnfast, Autograd, m) {

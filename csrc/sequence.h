@@ -28,6 +28,7 @@ struct CellInfo {
   int late_gates;     // of the gates, those whose recurrent product is not of h alone (cells.h)
   int peepholes;      // vectors of weights by which gates see c
   int norm_vectors;   // vectors of layer normalization's weights
+  bool has_resident;  // on a GPU (cuda/plan.h)
 };
 
 // Memory outside the driver whose row for sequence n at step t is data + t * step + n * row, unit stride inside.
@@ -94,9 +95,14 @@ template <typename T, typename E = T>
 struct SequenceParams {
   Sizes size;
   Plan plan;
-  bool reverse;    // time runs backwards
-  bool training;   // forward keeps gates, cells, hidden
-  bool is_packed;  // input and output are [R, ...], see Rows
+  bool reverse;   // time runs backwards
+  bool training;  // forward keeps gates, cells, hidden
+  // A sequence may be taken in parts, one call each, that share plan and scratch: the first makes of the weights what
+  // the others find there, and of their gradients the last stores the sums of all. A part is described as a sequence,
+  // but first_row goes on counting.
+  bool is_first_part, is_last_part;
+  bool has_step_after;  // step T, which is not this part's, follows in time
+  bool is_packed;       // input and output are [R, ...], see Rows
   ParallelFor parallel_for;
   Device device;  // of a GPU driver
 
@@ -115,7 +121,7 @@ struct SequenceParams {
   const E* recurrent_mask;             // [N, P] multiplies h where it enters the recurrent product
   Rows<const E> keep_h, keep_c;        // [T, N, H] the share of the old state that stays (zoneout); not if projected
 
-  Rows<E> output;  // [T, N, P], = ; forward only
+  Rows<E> output;  // [T, N, P], = ; forward only; null where only what is kept is wanted
   Rows<E> all_c;   // [T, N, H], = ; forward only
   E *h_n, *c_n;    // [N, P], [N, H], =
   T* gates;        // [R, blocks(H), slots, kBlock], kept for backward
@@ -195,6 +201,8 @@ const DriverTable& cuda_drivers();
 const DriverTable& drivers();
 const char* const* supported_isas();  // best first, ends with null
 bool set_isa(const char* name);       // false: unknown, or not of this machine
+// One more for set_isa, compiled elsewhere from this header: tests add the GPU drivers over an emulated device.
+void add_drivers(const DriverTable*);
 Plan make_plan(const Sizes&, const CellInfo&, int threads, bool backward);
 
 }  // namespace rnnfast

@@ -1,6 +1,9 @@
 """The compiled part, ``csrc/bindings.cpp``: what torch's dispatcher cannot carry. Importing it registers the ops."""
 
+from collections.abc import Sequence
 from typing import Any
+
+from torch import Tensor
 
 def cells() -> list[dict[str, Any]]:
     """Describe every cell.
@@ -8,7 +11,8 @@ def cells() -> list[dict[str, Any]]:
     Each has ``name`` (of its op), ``num_gates``, ``num_states`` (1: h; 2: h and c), ``num_slots`` (numbers kept per
     unit for the backward, states not counted), ``saves_hidden`` (whether h is kept besides), ``num_late_gates`` (whose
     recurrent product is not of h alone), ``num_peepholes`` (vectors of weights by which gates see c),
-    ``num_norm_vectors`` (vectors of layer normalization's weights), ``source`` of the formula.
+    ``num_norm_vectors`` (vectors of layer normalization's weights), ``on_cuda`` (whether this build
+    runs it there), ``source`` of the formula.
     """
 
 def build_info() -> dict[str, Any]:
@@ -28,6 +32,49 @@ def set_isa(name: str) -> None:
     """
 
 def explain(
-    cell: str, T: int, N: int, I: int, H: int, P: int, dtype: str, training: bool, threads: int
+    cell: str,
+    T: int,
+    N: int,
+    I: int,
+    H: int,
+    P: int,
+    dtype: str,
+    training: bool,
+    threads: int,
+    device: int | None = None,
 ) -> dict[str, Any]:
-    """What the kernel policy decides for one layer and direction: ``kernel``, ``isa``, ``reason``, ``threads`` ..."""
+    """What the kernel policy decides for one layer and direction: ``kernel``, ``isa``, ``reason``, ``threads`` ...
+
+    ``device`` is the number of a CUDA device, or None for the CPU. For a device there is also what was decided for the
+    backward pass, with ``training``: the same names after ``backward_``.
+    """
+
+class Decoder:
+    """Layers of one cell taken step by step: see :class:`rnnfast.Decoder`.
+
+    ``weights`` are, of each layer: weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, the zoneout of h and
+    of c, each ``[H]``, and weight_ln; None for those not there.
+    """
+
+    def __init__(self, cell: str, weights: Sequence[Tensor | None], batch_size: int | None) -> None: ...
+    def load(self, cell: str, weights: Sequence[Tensor | None]) -> None: ...
+    def step(self, input: Tensor) -> Tensor:
+        """Take one step, input ``[N, I]`` (``[I]``) to output ``[N, P]`` (``[P]``), from the state to the next.
+
+        Raises:
+            TypeError: input that is not a tensor, or not of the layer's dtype.
+            ValueError: input of the wrong shape.
+            RuntimeError: input that is not on the CPU, or requires a gradient while gradients are enabled.
+        """
+
+    def reset(self, mask: Tensor | None = None) -> None:
+        """Set the state to zeros: of all sequences, or of those where mask, bool ``[N]``, is true.
+
+        Raises:
+            TypeError: mask that is not a bool tensor.
+            ValueError: mask of the wrong shape, or one where there is no batch.
+            RuntimeError: mask that is not on the CPU.
+        """
+
+    def get_state(self) -> tuple[Tensor, Tensor | None]: ...
+    def set_state(self, h: Tensor, c: Tensor | None) -> None: ...

@@ -6,10 +6,10 @@
 
 ``RNN``, ``GRU``, ``LSTM``, ``RNNCell``, ``GRUCell`` and ``LSTMCell`` take the place of torch.nn's classes of those
 names. ``ops`` holds the functions behind them, ``reference`` the same in plain PyTorch, ``explain`` says which kernel a
-call takes and why, ``onnx`` exports. ``convert(model)`` gives the layers of a model our classes in place, ``revert``
-takes it back, and ``patch_torch`` puts our classes into torch.nn for programs that one cannot edit. ``RNNLM`` is a
-language model around a layer, ``RNNAutoRegression`` a forecaster of time series. ``python -m rnnfast`` describes the
-installation and checks it.
+call takes and why, ``onnx`` exports. ``Decoder`` takes a layer one step at a time, in real time. ``convert(model)``
+gives the layers of a model our classes in place, ``revert`` takes it back, and ``patch_torch`` puts our classes into
+torch.nn for programs that one cannot edit. ``RNNLM`` is a language model around a layer, ``RNNAutoRegression`` a
+forecaster of time series. ``python -m rnnfast`` describes the installation and checks it.
 """
 
 import importlib
@@ -54,6 +54,7 @@ except ModuleNotFoundError as error:
 from rnnfast import onnx, ops, reference
 from rnnfast._C import get_isa, set_isa, supported_isas
 from rnnfast.convert import Conversion, convert, patch_torch, revert
+from rnnfast.decoder import Decoder
 from rnnfast.forecast import RNNAutoRegression
 from rnnfast.lm import RNNLM
 from rnnfast.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -65,6 +66,7 @@ __all__ = [
     "RNN",
     "RNNLM",
     "Conversion",
+    "Decoder",
     "Explanation",
     "GRUCell",
     "LSTMCell",

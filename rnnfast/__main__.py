@@ -1,7 +1,8 @@
 """``python -m rnnfast``: describe this installation and check it. Exits with 1 when a check fails.
 
-The check runs every cell forward and backward, in float32 and float64, on every instruction set of the machine, and
-compares outputs and gradients with :mod:`rnnfast.reference` in float64.
+The check runs every cell forward and backward, in float32 and float64, on every instruction set of the machine and on
+its CUDA device where this build has kernels for it, and compares outputs and gradients with :mod:`rnnfast.reference` in
+float64.
 """
 
 import platform
@@ -31,7 +32,8 @@ def _describe() -> None:
         "compiler": info["compiler"],
         "instruction set": f"{rnnfast.get_isa()} (of {isas}; RNNFAST_ISA chooses)",
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
-        "cuda": "yes" if info["cuda"] else f"no: {info['cuda_reason']}",
+        "cuda": f"{'yes' if info['cuda'] else 'no'}: {info['cuda_reason']}",
+        "cuda device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
     }
     for name, value in lines.items():
         print(f"{name:<16}{value}")
@@ -60,18 +62,20 @@ def _arguments(cell: dict[str, Any], shape: tuple[int, int, int, int]) -> list[T
     ]
 
 
-def _evaluate(op: object, arguments: list[Tensor | None], dtype: torch.dtype, reverse: bool) -> list[Tensor]:
+def _evaluate(
+    op: object, arguments: list[Tensor | None], dtype: torch.dtype, reverse: bool, device: str = "cpu"
+) -> list[Tensor]:
     """Outputs, then the gradients of one loss that mixes all of them."""
     assert callable(op)
-    leaves = [None if tensor is None else tensor.to(dtype).requires_grad_() for tensor in arguments]
+    leaves = [None if tensor is None else tensor.to(device, dtype).requires_grad_() for tensor in arguments]
     extras = {"reverse": reverse, "weight_ch": leaves[8], "weight_ln": leaves[9]}
     outputs = [out for out in op(*leaves[:8], **extras) if out.requires_grad]
     loss = torch.stack([(out.double() * (1 + out.detach().double().cos())).sum() for out in outputs]).sum()
     gradients = torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None])
-    return [tensor.detach().double() for tensor in (*outputs, *gradients)]
+    return [tensor.detach().double().cpu() for tensor in (*outputs, *gradients)]
 
 
-def _check(cell: dict[str, Any]) -> tuple[float, int]:
+def _check(cell: dict[str, Any], device: str) -> tuple[float, int]:
     """The largest error over the tolerance (good up to 1), and the number of comparisons; for the present ISA."""
     worst, count = 0.0, 0
     for shape in _SHAPES:
@@ -79,7 +83,7 @@ def _check(cell: dict[str, Any]) -> tuple[float, int]:
         for reverse in (False, True):
             exact = _evaluate(getattr(reference, cell["name"]), arguments, torch.float64, reverse)
             for dtype, tolerance in _TOLERANCES.items():
-                ours = _evaluate(getattr(torch.ops.rnnfast, cell["name"]), arguments, dtype, reverse)
+                ours = _evaluate(getattr(torch.ops.rnnfast, cell["name"]), arguments, dtype, reverse, device)
                 for have, want in zip(ours, exact, strict=True):
                     error = (have - want).abs().max().item() / max(1.0, want.abs().max().item())
                     worst = max(worst, error / tolerance if error == error else float("inf"))
@@ -92,13 +96,23 @@ def main() -> int:
     _describe()
     print()
     start, before, failures = time.perf_counter(), rnnfast.get_isa(), 0
-    for isa in rnnfast.supported_isas():
-        rnnfast.set_isa(isa)
+    kernels = list(rnnfast.supported_isas())
+    if _C.build_info()["cuda"] and torch.cuda.is_available():
+        kernels.append("cuda")
+        # No tf32 in float32 products: to the end of the process, which is near.
+        torch.backends.cudnn.rnn.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    for kernel in kernels:
+        device = "cuda" if kernel == "cuda" else "cpu"
+        if device == "cpu":
+            rnnfast.set_isa(kernel)
         for cell in _C.cells():
-            worst, count = _check(cell)
+            if device == "cuda" and not cell["on_cuda"]:
+                print(f"none    {cell['name']:<21} {kernel:<9} this cell has no kernels there")
+                continue
+            worst, count = _check(cell, device)
             failures += not worst <= 1
             print(
-                f"{'ok    ' if worst <= 1 else 'FAILED'}  {cell['name']:<21} {isa:<9} forward and gradient, "
+                f"{'ok    ' if worst <= 1 else 'FAILED'}  {cell['name']:<21} {kernel:<9} forward and gradient, "
                 f"{count} comparisons, largest error {worst:.2f} of the tolerance"
             )
     rnnfast.set_isa(before)

@@ -147,8 +147,8 @@ def run_layers(
     with one state, None, and with ``return_cells`` the last layer's c of all steps, last dimension ``D*H``, else None.
     """
     op, all_c_op, num_gates, num_peepholes, num_norm_vectors = KERNELS[layer._variant or layer.mode]
-    is_special = num_peepholes or num_norm_vectors or layer.zoneout or layer.recurrent_dropout
-    extras: tuple[Tensor | None, ...] = ()
+    is_special = num_peepholes or num_norm_vectors or layer.zoneout or layer.recurrent_dropout or layer.recompute
+    extras: tuple[Any, ...] = ()
     gate_size = num_gates * layer.hidden_size
     directions = 2 if layer.bidirectional else 1
     dropout = layer.dropout if layer.training else 0.0
@@ -188,10 +188,10 @@ def run_layers(
     return steps, torch.stack(h_ns), None if all_c_op is None else torch.stack(c_ns), all_cells
 
 
-def _extras(
-    layer: Layer, d: int, steps: Tensor, batch_sizes: Tensor | None, weight_hh: Tensor
-) -> tuple[Tensor | None, ...]:
-    """What plain calls do not have: weight_ch, recurrent_mask, zoneout_h, zoneout_c and weight_ln of direction ``d``.
+def _extras(layer: Layer, d: int, steps: Tensor, batch_sizes: Tensor | None, weight_hh: Tensor) -> tuple[Any, ...]:
+    """What plain calls do not have: weight_ch, recurrent_mask, zoneout_h, zoneout_c, weight_ln and recompute.
+
+    Of direction ``d``.
 
     Masks are drawn from torch's generator, first that of recurrent dropout, then of h, then of c.
     """
@@ -213,7 +213,7 @@ def _extras(
             masks.append(weight_hh.new_empty(shape).bernoulli_(probability))
         else:
             masks.append(weight_hh.new_full(shape[-1:], probability).expand(shape))
-    return weight_ch, recurrent_mask, *masks, weight_ln
+    return weight_ch, recurrent_mask, *masks, weight_ln, layer.recompute
 
 
 def _extra_weights(layer: Layer, d: int) -> tuple[Tensor | None, Tensor | None]:
@@ -373,14 +373,19 @@ def autocast_dtypes(
 ) -> tuple[torch.dtype | None, torch.dtype | None]:
     """The dtype to compute in, and the one to give output and h_n if another; (None, None) where autocast stays away.
 
-    torch casts the products only, so that what comes out depends on the cell. A state that is updated by a sum (GRU's
-    h, the LSTM's c) keeps the wider of its own dtype and autocast's; without hx it starts in the input's dtype. The
-    exception is an LSTM that torch runs as one fused operation, in autocast's dtype throughout: one without projection
-    and not ``stepwise``, which stands for a single step and a ragged packed batch.
+    On CUDA all is done in autocast's dtype, as torch does for layers and cells (but its layers under bfloat16 end in
+    cuDNN's float16).
+
+    On the CPU torch casts the products only, so that what comes out depends on the cell. A state that is updated by a
+    sum (GRU's h, the LSTM's c) keeps the wider of its own dtype and autocast's; without hx it starts in the input's
+    dtype. The exception is an LSTM that torch runs as one fused operation, in autocast's dtype throughout: one without
+    projection and not ``stepwise``, which stands for a single step and a ragged packed batch.
     """
     if not input.is_floating_point() or input.dtype == torch.float64:
         return None, None
     low = torch.get_autocast_dtype(input.device.type)
+    if input.device.type == "cuda":
+        return low, None
     if mode.startswith("RNN") or (mode == "LSTM" and not proj_size and not stepwise):
         return low, None
     summed = h0 if mode == "GRU" else c0
@@ -427,6 +432,12 @@ def _refuse_device(name: str, tensor: Tensor, weight: Tensor) -> NoReturn:
         f"Input and parameter tensors are not at the same device, found {name} tensor at {tensor.device} "
         f"and parameter tensor at {weight.device}"
     )
+
+
+def refuse_loop(what: str, weight: Tensor) -> None:
+    """Raise where a model is not on the CPU, on which the loops of ``csrc/generate.cpp`` run; else return."""
+    if weight.device.type != "cpu":
+        raise RuntimeError(f'{what} runs on the CPU: move the model there, model.to("cpu"); it is on {weight.device}')
 
 
 def refuse_state_dtype(mode: str, input: Tensor, h0: Tensor | None, c0: Tensor | None) -> NoReturn:

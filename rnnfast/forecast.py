@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnnfast.call import loop_weights
+from rnnfast.call import loop_weights, refuse_loop
 from rnnfast.lm import _evaluating
 from rnnfast.options import cell_of
 from rnnfast.text import DATA_VARIABLE, CorpusError
@@ -123,7 +123,7 @@ class RNNAutoRegression(nn.Module):
         generator: torch.Generator | None = None,
         state: Any = None,
     ) -> Prediction:
-        """Continue series by ``num_steps`` values, each fed back to predict the next: a loop in C++.
+        """Continue series by ``num_steps`` values, each fed back to predict the next: a loop in C++, on the CPU.
 
         Args:
             series: the known values, ``[T, N, F]`` (``[T, N]``, ``[T]``); with ``tau`` only the last ``tau`` count.
@@ -145,6 +145,7 @@ class RNNAutoRegression(nn.Module):
                 f"RNNAutoRegression: num_paths: expected at least 1 and distribution=True, got {num_paths} and "
                 f"distribution={self.distribution}"
             )
+        refuse_loop("RNNAutoRegression: forecasting", self.output.weight)
         rnn = self.rnn
         with _evaluating(self):
             scaled = self._scaled(self._check(series, self.tau or 1))

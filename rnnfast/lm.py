@@ -25,8 +25,9 @@ from rnnfast.options import cell_of
 __all__ = ["RNNLM", "Generated", "detach_state", "linear_cross_entropy"]
 
 # Scores held at a time by the loss: half a megabyte in float32, to stay in the cache; but rows enough for a product to
-# run well.
+# run well. Other devices than the CPU want more work at a time.
 _CHUNK_SCORES = 1 << 17
+_CHUNK_SCORES_ON_DEVICE = 1 << 24
 _CHUNK_ROWS = 128
 _Prompt = Tensor | list[Tensor] | tuple[Tensor, ...]
 _VECTOR_ROWS = 16  # kSoftmaxRows of csrc/sequence.h
@@ -127,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, *grads = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            if grad_loss.item() != 1.0:
+            if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:  # elsewhere asking costs more
                 grads = [None if grad is None else grad * grad_loss.to(grad.dtype) for grad in grads]
             return (*grads, None, None, None)
         # With create_graph: the plain way, which can be differentiated again. The views are new leaves of a kind, for
@@ -149,7 +150,8 @@ def linear_cross_entropy(
 
     The value and the gradients are those of ``F.cross_entropy(F.linear(hidden, weight, bias), targets)``, up to
     rounding. torch has a function of this name from 2.13 on; this one serves the older versions too, and may be
-    differentiated again (with create_graph all scores are held).
+    differentiated again (with create_graph all scores are held). Only on the CPU the softmax is a kernel of ours;
+    elsewhere it is ``torch.log_softmax``, piece by piece.
 
     Args:
         hidden: ``[rows, P]``.
@@ -176,7 +178,8 @@ def linear_cross_entropy(
         )
     _check_tokens("targets", targets, weight.shape[0])
     if chunk_rows is None:
-        chunk_rows = max(_CHUNK_SCORES // weight.shape[0], _CHUNK_ROWS)
+        scores = _CHUNK_SCORES if weight.device.type == "cpu" else _CHUNK_SCORES_ON_DEVICE
+        chunk_rows = max(scores // weight.shape[0], _CHUNK_ROWS)
     if chunk_rows < 1:
         raise ValueError(f"linear_cross_entropy: chunk_rows: expected at least 1, got {chunk_rows}")
     train = torch.is_grad_enabled()
@@ -334,6 +337,8 @@ class RNNLM(nn.Module):
     ) -> Generated:
         """Write tokens after a prompt: one fused call for the prompt, then a loop in C++.
 
+        The loop runs on the CPU, and so must the model be there: ``model.to("cpu").generate(...)``.
+
         Greedy by default (the lowest number among equals). With ``sample`` the next token is drawn with a probability
         proportional to ``p ** alpha``: above 1 sharpens, below 1 flattens. ``top_k`` and then ``top_p`` narrow the
         choice first: to the k likeliest, and to the fewest of these that together have at least the share p.
@@ -356,7 +361,7 @@ class RNNLM(nn.Module):
             ValueError: an empty prompt, an option out of its range, a bidirectional layer; prompts of different lengths
                 with a layer of torch.nn.
             IndexError: a token of the prompt out of range.
-            RuntimeError: scores that are not finite.
+            RuntimeError: scores that are not finite; a model that is not on the CPU.
         """
         choice = self._choice(
             sample=sample,
@@ -432,11 +437,11 @@ class RNNLM(nn.Module):
         return F.dropout(output, self.dropout, self.training), state
 
     def _looks_up(self, tokens: Tensor) -> bool:
-        """Whether the op may be called past the layer's ``forward``: it is ours, it is as made, and on the CPU."""
+        """Whether the op may be called past the layer's ``forward``: it is ours, it is as made, and has kernels."""
         rnn = self.rnn
         return (
             type(rnn).forward in (modules.RNN.forward, modules.GRU.forward, modules.LSTM.forward)
-            and tokens.device.type == "cpu"
+            and tokens.device.type in ("cpu", "cuda")
             and not (rnn._forward_hooks or rnn._forward_pre_hooks or rnn._backward_hooks or rnn._backward_pre_hooks)
         )
 
@@ -519,6 +524,7 @@ class RNNLM(nn.Module):
         """The prompt as one tensor, padded where there were several, and what is known after it."""
         if num_tokens < 0:
             raise ValueError(f"RNNLM: num_tokens: expected at least 0, got {num_tokens}")
+        call.refuse_loop("RNNLM: generation", self.output.weight)
         tokens: Tensor
         tokens, lengths = self._side_by_side(prompt) if isinstance(prompt, (list, tuple)) else (prompt, None)
         if isinstance(tokens, Tensor) and tokens.numel() == 0:

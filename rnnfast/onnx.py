@@ -57,6 +57,8 @@ def _translation(cell: str, opset: Any, with_all_c: bool = False) -> Callable[..
         recurrent_mask: Any = None,
         zoneout_h: Any = None,
         zoneout_c: Any = None,
+        weight_ln: Any = None,  # of cells without a node
+        recompute: bool = False,  # of training
     ) -> Any:
         if with_all_c:
             raise NotImplementedError(

@@ -471,6 +471,21 @@ def _saved_shapes(
     return accumulate, gates, cells, hidden
 
 
+def _shapes_between_parts(
+    dtype: torch.dtype, weight_hh: Tensor, steps: Any, h_n: list[Any], c_n: list[Any]
+) -> tuple[torch.dtype, list[Any], list[Any], list[Any]]:
+    """The same for a call with recompute, which keeps the states between parts of the sequence, as h_n and c_n.
+
+    The length of a part is that of ``part_steps`` in ``csrc/call.cpp``.
+    """
+    members = weight_hh.shape[0] if weight_hh.dim() == 3 else 1
+    largest: Any = torch.sym_max
+    part = largest(8, 512 // largest(h_n[0] // members, 1))
+    rows = ((steps + part - 1) // part - 1) * h_n[0]
+    cells = [rows, c_n[1]] if len(c_n) == 2 else [0]
+    return torch.float64 if dtype == torch.float64 else torch.float32, [0], cells, [rows, h_n[1]]
+
+
 def _register_fakes(cell: str) -> None:
     def check(
         primals: Sequence[Tensor | None],
@@ -513,6 +528,7 @@ def _register_fakes(cell: str) -> None:
         zoneout_h: Tensor | None = None,
         zoneout_c: Tensor | None = None,
         weight_ln: Tensor | None = None,
+        recompute: bool = False,
     ) -> tuple[Tensor, ...]:
         primals = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, weight_ln)
         masks = {"recurrent_mask": recurrent_mask, "zoneout_h": zoneout_h, "zoneout_c": zoneout_c}
@@ -539,13 +555,19 @@ def _register_fakes(cell: str) -> None:
         zoneout_h: Tensor | None = None,
         zoneout_c: Tensor | None = None,
         weight_ln: Tensor | None = None,
+        recompute: bool = False,
     ) -> tuple[Tensor, ...]:
         primals = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_ch, weight_ln)
         masks = {"recurrent_mask": recurrent_mask, "zoneout_h": zoneout_h, "zoneout_c": zoneout_c}
         check(primals, batch_sizes, lengths, resets, **masks)
         input = _one_hot_like(input, weight_ih)
         shapes = _output_shapes(cell, input, h0, weight_hh, weight_hr, batch_sizes)
-        dtype, *saved = _saved_shapes(cell, input, weight_hh, weight_hr, zoneout_h is not None or zoneout_c is not None)
+        if recompute:
+            steps = batch_sizes.shape[0] if batch_sizes is not None else input.shape[0] if input.dim() == 3 else 1
+            dtype, *saved = _shapes_between_parts(input.dtype, weight_hh, steps, shapes[1], shapes[2])
+        else:
+            zoneouts = zoneout_h is not None or zoneout_c is not None
+            dtype, *saved = _saved_shapes(cell, input, weight_hh, weight_hr, zoneouts)
         return (
             *(input.new_empty(shape) for shape in shapes),
             *(input.new_empty(shape, dtype=dtype) for shape in saved),
@@ -554,7 +576,7 @@ def _register_fakes(cell: str) -> None:
     def check_backward(arguments: Sequence[Any]) -> tuple[Sequence[Tensor | None], Sequence[bool]]:
         """Check the arguments of a backward op, and give those that are differentiated and which are wanted."""
         grads, primals = arguments[:3], (*arguments[3:11], arguments[15], arguments[19])
-        kept, needs, grad_all_c = arguments[20:23], arguments[23], (*arguments[24:], None)[0]
+        kept, needs, grad_all_c = arguments[21:24], arguments[24], (*arguments[25:], None)[0]
         names = ("grad_output", "grad_h_n", "grad_c_n", *_MASKS, "gates", "cells", "hidden", "grad_all_c")
         others = (*grads, *arguments[16:19], *kept, grad_all_c)
         check(primals, *arguments[11:14], **dict(zip(names, others, strict=True)))
@@ -572,7 +594,7 @@ def _register_fakes(cell: str) -> None:
 
     def backward_factors(*arguments: Any) -> tuple[Tensor, ...]:
         primals, needs = check_backward(arguments)
-        input, weight_ih, weight_hh, weight_hr, gates = (arguments[i] for i in (3, 6, 7, 10, 20))
+        input, weight_ih, weight_hh, weight_hr, gates = (arguments[i] for i in (3, 6, 7, 10, 21))
         state_size, hidden_size = (0, 0) if weight_hr is None else weight_hr.shape
         rows = input.shape[:-1] if input.is_floating_point() else input.shape
         units = (weight_hh.shape[0], weight_hh.shape[0], weight_hh.shape[1], state_size, hidden_size)
@@ -619,8 +641,8 @@ def _register_double_backward(cell: str) -> None:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         # grad_output, grad_h_n, grad_c_n; the op's own arguments up to resets; those after reverse; grad_all_c.
-        ctx.save_for_backward(*inputs[:14], *inputs[15:20], inputs[24])
-        ctx.reverse, ctx.needs = inputs[14], inputs[23]
+        ctx.save_for_backward(*inputs[:14], *inputs[15:20], inputs[25])
+        ctx.reverse, ctx.needs = inputs[14], inputs[24]
 
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
         create_graph = torch.is_grad_enabled()
@@ -648,9 +670,9 @@ def _register_double_backward(cell: str) -> None:
             for first, (_, grad_grad) in zip(firsts, wanted, strict=True)
             if first is not None and first.requires_grad
         ]
-        sources = [*enumerate([*grads[:3], *primals[:8]]), (15, primals[8]), (19, primals[9]), (24, grads[3])]
+        sources = [*enumerate([*grads[:3], *primals[:8]]), (15, primals[8]), (19, primals[9]), (25, grads[3])]
         targets = [(i, source) for i, source in sources if source is not None and ctx.needs_input_grad[i]]
-        result: list[Tensor | None] = [None] * 25
+        result: list[Tensor | None] = [None] * 26
         if pairs and targets:
             seconds = torch.autograd.grad(
                 [first for first, _ in pairs],

@@ -6,7 +6,7 @@ are torch.nn's. Equations, sources and what each option means are in the docstri
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -31,6 +31,7 @@ _CELL_OF_GRU = {
 }
 # Those that torch.nn has not.
 _OPTIONS = ("reset_after", "gates", "peephole", "coupled", "layer_norm", "zoneout", "recurrent_dropout")
+ALL_OPTIONS = (*_OPTIONS, "recompute")  # with that which changes no result
 
 
 class Kernel(NamedTuple):
@@ -78,9 +79,9 @@ def cell_of(module: torch.nn.Module) -> str:
     return getattr(module, "_variant", None) or CELL_OF_MODE[str(module.mode)]
 
 
-def options_beyond_torch(module: torch.nn.Module) -> str:
+def options_beyond_torch(module: torch.nn.Module, names: Sequence[str] = _OPTIONS) -> str:
     """What a module has that torch.nn cannot express, as it would be said to the constructor; empty for nothing."""
-    given = {name: vars(module)[name] for name in _OPTIONS if name in vars(module)}
+    given = {name: vars(module)[name] for name in names if name in vars(module)}
     return ", ".join(f"{name}={value!r}" for name, value in given.items() if value != getattr(type(module), name))
 
 
@@ -109,6 +110,12 @@ def set_masks(layer: Layer, zoneout: Any, recurrent_dropout: Any) -> None:
         raise ValueError(f"{kind}: zoneout does not go with proj_size: h has another size than what the cell makes")
     recurrent_dropout = _probability(kind, "recurrent_dropout", recurrent_dropout)
     set_options(layer, zoneout=zoneout, recurrent_dropout=recurrent_dropout)
+
+
+def set_recompute(layer: Layer, recompute: Any) -> None:
+    """Check and set the option to save less in training."""
+    _check_flags(kind_of(layer.mode), recompute=recompute)
+    set_options(layer, recompute=recompute)
 
 
 def _check_flags(kind: str, **flags: Any) -> None:

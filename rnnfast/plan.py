@@ -27,7 +27,7 @@ class LayerPlan:
         cell: the name of the op, as in ``torch.ops.rnnfast``.
         sizes: ``T``, ``N``, ``I``, ``H`` and ``P``.
         kernel: the schedule taken.
-        isa: the instruction set: ``"avx512"``, ``"avx2"`` or ``"baseline"``.
+        isa: the instruction set: ``"avx512"``, ``"avx2"`` or ``"baseline"``; on a CUDA device ``"cuda"``.
         reason: why this kernel.
         details: all that the compiled part has to say, these three included.
     """
@@ -103,7 +103,7 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = No
 
     Args:
         layer: one of rnnfast's six modules.
-        input: what the layer would be called with; only its shape, dtype and requires_grad matter.
+        input: what the layer would be called with; only its shape, dtype, device and requires_grad matter.
         hx: likewise.
 
     Returns:
@@ -130,6 +130,7 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = No
         dtype = autocast_dtypes(mode, proj_size, bool(stepwise), data, h0, c0)[0] or dtype
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (data, *states, *layer.parameters()))
     dtype_name = str(dtype).removeprefix("torch.")
+    device = data.device.index if data.is_cuda else None
     state_size = proj_size or layer.hidden_size
     cell = CELL_OF_MODE[mode] if is_cell else cell_of(layer)
     plans = []
@@ -142,7 +143,9 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = No
             "P": state_size,
         }
         for direction in ("forward", "reverse")[:directions]:
-            details = _C.explain(cell, **sizes, dtype=dtype_name, training=training, threads=torch.get_num_threads())
+            details = _C.explain(
+                cell, **sizes, dtype=dtype_name, training=training, threads=torch.get_num_threads(), device=device
+            )
             kernel, isa, reason = str(details["kernel"]), str(details["isa"]), str(details["reason"])
             plans.append(LayerPlan(i, direction, cell, sizes, kernel, isa, reason, dict(details)))
     return Explanation(type(layer).__name__, dtype, training, tuple(plans))

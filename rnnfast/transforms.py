@@ -40,8 +40,9 @@ _vjp: Any = torch.func.vjp
 # Positions in the arguments of <cell>.
 _WEIGHTS = range(3, 8)
 _BATCH_SIZES, _LENGTHS, _RESETS, _REVERSE = 8, 9, 10, 11
-_DEFAULTS = (None, None, None, False, None, None, None, None, None)  # of those four, and what plain calls do not have
-_NUM_ARGUMENTS, _NUM_PLAIN = 17, 12
+# Of those four, what plain calls do not have, and recompute: inside a transform everything is kept.
+_DEFAULTS = (None, None, None, False, None, None, None, None, None, False)
+_NUM_ARGUMENTS, _NUM_PLAIN = 18, 12
 # In those of _<cell>_backward: three gradients, the arguments of <cell>, what the forward saved, and these two.
 _LEADING, _SAVED = slice(3, 3 + _NUM_ARGUMENTS), slice(3 + _NUM_ARGUMENTS, 6 + _NUM_ARGUMENTS)
 _NEEDS, _GRAD_ALL_C = 6 + _NUM_ARGUMENTS, 7 + _NUM_ARGUMENTS
@@ -454,13 +455,14 @@ def _transform(cell: str, with_all_c: bool = False) -> Callable[..., _Results]:
 
     def kernel(*given: Any) -> _Results:
         # The dispatcher leaves out trailing arguments that have their default.
-        arguments = (*given, *_DEFAULTS[len(given) - _NUM_ARGUMENTS :]) if len(given) < _NUM_ARGUMENTS else given
+        given = given[: _NUM_ARGUMENTS - 1]
+        arguments = (*given, *_DEFAULTS[len(given) - _NUM_ARGUMENTS :])
         kinds = [interpreter.key() for interpreter in _functorch.get_interpreter_stack() or []]
-        is_plain = all(argument is None for argument in arguments[_NUM_PLAIN:])
+        is_plain = all(argument is None for argument in arguments[_NUM_PLAIN:-1])
         if not is_plain or _TransformType.Jvp in kinds:
             if not _is_real(arguments[0]):
                 _check_tokens(name, arguments[0], arguments[_WEIGHTS[0]])
-            return by_reference(*arguments, with_all_c=with_all_c)
+            return by_reference(*arguments[:-1], with_all_c=with_all_c)
         interpreter: Any = retrieve_current_functorch_interpreter()
         if kinds[-1] == _TransformType.Grad:
             return _apply(_Scan, name, *arguments)[: _num_results(name)]

@@ -38,8 +38,8 @@ def evaluate(call: Call, op: Callable[..., tuple[Tensor, ...]], seed: int = 1) -
 
 def cotangent(y: Tensor, seed: int = 1) -> Tensor:
     """A random upstream gradient that is the same number in every dtype and on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randint(-8, 9, y.shape, generator=generator).to(torch.float64) / 8
+    generator = torch.Generator("cpu").manual_seed(seed)
+    coarse = torch.randint(-8, 9, y.shape, generator=generator, device="cpu").to(torch.float64) / 8
     return coarse.to(dtype=y.dtype, device=y.device)
 
 
@@ -47,7 +47,7 @@ def assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
     """Agreement in float64, up to the order of summation."""
     assert actual.keys() == expected.keys()
     for name, want in expected.items():
-        have = actual[name].cpu()
+        have, want = actual[name].cpu(), want.cpu()
         assert have.shape == want.shape, f"{name}: shape {tuple(have.shape)}, expected {tuple(want.shape)}"
         assert have.dtype == want.dtype == torch.float64, f"{name}: {have.dtype}"
         if want.numel():
@@ -60,6 +60,7 @@ def assert_as_accurate(
 ) -> None:
     """The tolerance rule of the file's head, for float32 and the 16-bit types."""
     assert ours.keys() == exact.keys() == torchs.keys()
+    exact = {name: want.cpu() for name, want in exact.items()}
     torch_errors = {name: largest(torchs[name].cpu().double() - want) for name, want in exact.items()}
     # The final states are the outputs of one step: too few numbers to judge by torch's luck with them alone.
     states = [name for name in exact if not name.startswith("grad_")]

@@ -66,26 +66,28 @@ def make(cell: str, *sizes: int, **options: Any) -> Any:
 
 def make_input(kind: str, module: nn.RNNBase, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """A batch of a kind, in the layer's own order of dimensions."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(T, N, module.input_size, generator=generator, dtype=torch.float64).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    x = torch.randn(T, N, module.input_size, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
+    x = x.to(torch.get_default_device())
     if kind == "unbatched":
         return x[:, 0].contiguous()
     if module.batch_first:
         x = x.transpose(0, 1).contiguous()
     if kind == "batched":
         return x
-    lengths = torch.tensor(LENGTHS[kind])
+    lengths = torch.tensor(LENGTHS[kind], device="cpu")
     return pack_padded_sequence(x, lengths, batch_first=module.batch_first, enforce_sorted=kind == "packed")
 
 
 def make_state(kind: str, module: nn.RNNBase, dtype: torch.dtype = torch.float32) -> Any:
     """Initial states that fit the input of the same kind."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator("cpu").manual_seed(7)
     rows = module.num_layers * (2 if module.bidirectional else 1)
     batch = () if kind == "unbatched" else (N,)
 
     def state(size: int) -> Tensor:
-        return torch.randn(rows, *batch, size, generator=generator, dtype=torch.float64).to(dtype)
+        values = torch.randn(rows, *batch, size, generator=generator, dtype=torch.float64, device="cpu")
+        return values.to(torch.get_default_device(), dtype)
 
     h = state(module.proj_size or module.hidden_size)
     return (h, state(module.hidden_size)) if isinstance(module, nn.LSTM) else h

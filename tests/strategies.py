@@ -66,9 +66,9 @@ class Call:
         return self.options | {name: self.tensors[name] for name in extras}
 
     def everything(self) -> list[Any]:
-        """All seventeen arguments of the schema."""
+        """All arguments of the schema."""
         order: dict[str, Any] = {"batch_sizes": None, "lengths": None, "resets": None, "reverse": False}
-        order |= dict.fromkeys(("weight_ch", *MASKS, "weight_ln"))
+        order |= dict.fromkeys(("weight_ch", *MASKS, "weight_ln")) | {"recompute": False}
         return [*self.positional(), *(order | self.keywords()).values()]
 
     def op(self) -> Callable[..., tuple[Tensor, ...]]:
@@ -124,7 +124,11 @@ class Case:
     seed: int = 0
 
     def call(self, dtype: torch.dtype = torch.float64) -> Call:
-        """Make the tensors. Weights are uniform as torch.nn's, everything else is normal."""
+        """Make the tensors, on the CPU. Weights are uniform as torch.nn's, everything else is normal."""
+        with torch.device("cpu"):
+            return self._call(dtype)
+
+    def _call(self, dtype: torch.dtype) -> Call:
         generator = torch.Generator().manual_seed(self.seed)
         cell = reference.CELLS[self.cell]
         rows, state_size = cell.num_gates * self.H, self.P or self.H

@@ -29,7 +29,9 @@ layers = importlib.import_module("layers")
 language_model = importlib.import_module("language_model")
 features = importlib.import_module("features")
 heads = importlib.import_module("heads")
+memory = importlib.import_module("memory")
 readme_table = importlib.import_module("readme_table")
+scaling = importlib.import_module("scaling")
 transforms = importlib.import_module("transforms")
 
 SMALL = cases.Case("small", 5, 3, 4, 6, 2, 2, "made up for the tests")
@@ -68,12 +70,35 @@ def test_find_names_the_choices():
         cases.find_case("d3l")
 
 
+def test_cuda_cases_are_sane():
+    names = [case.name for case in (*cases.CASES, *cases.CUDA_CASES)]
+    assert len(names) == len(set(names))
+    assert 1 <= sum(case.quick for case in cases.CUDA_CASES) < len(cases.CUDA_CASES)
+    for case in cases.CUDA_CASES:
+        assert cases.find_case(case.name) is case
+        assert case.T >= 64 and 1 <= case.N <= 64 and 256 <= case.H <= 1024
+    assert {case.H for case in cases.CUDA_CASES} >= {256, 512, 1024}
+
+
 def test_product_flops():
     case = cases.Case("x", 10, 2, 3, 5, 2, 2, "")
     # Layer 0: 3 gates of 5 units in 2 directions, each with 3 inputs and 5 units; layer 1 has 10 inputs.
     expected = 10 * 2 * 2 * (3 * 5 * 2 * (3 + 5) + 3 * 5 * 2 * (10 + 5))
     assert cases.product_flops(case, cases.CELLS["gru"], training=False) == expected
     assert cases.product_flops(case, cases.CELLS["gru"], training=True) == 3 * expected
+
+
+def test_columns_of_a_device():
+    """What only a row of a CUDA run has: its parts run on the CPU too."""
+    floors = [layers.floor_seconds(SMALL, cases.CELLS["gru"], mode, CPU, torch.float32) for mode in layers.MODES]
+    assert all(seconds > 0 for seconds in floors)
+    row = dict.fromkeys(layers.CUDA_FIELDS, 1.0) | {"case": "t64-n16-h256", "status": "ok"}
+    row |= {"cell": "gru", "mode": "training", "step_us": 2.5, "floor_us": 0.125}
+    line = layers.format_row(row)
+    assert line.split()[-2:] == ["2.5", "0.125"]
+    assert len(line) == len(layers.CUDA_HEADING)
+    del row["step_us"], row["floor_us"]
+    assert len(layers.format_row(row)) == len(layers.HEADING)
 
 
 # measure.py
@@ -130,6 +155,36 @@ def test_interleave_repeats_short_calls_within_a_turn(clock):
     paired = measure.interleave(counted, clock.spend(1.0), 0.0, CPU)
     assert calls >= paired.pairs * 1000
     assert math.isclose(paired.ours, 2.0**-20)
+
+
+def test_all_take_turns(clock):
+    """Each begins a round in its turn, and every ratio is to the first."""
+    order = []
+
+    def turn(name, seconds):
+        def take():
+            order.append(name)
+            return clock.spend(seconds)() or seconds
+
+        return take
+
+    times = measure.take_turns([turn("a", 1.0), turn("b", 2.0), turn("c", 0.5)], 1e9)
+    assert order[:9] == list("abcbcacab")
+    assert times == [(1.0, 2.0, 0.5)] * 15, "times that never vary are settled as soon as they may be"
+    assert [measure.pair(times, other).ratio for other in (1, 2)] == [2.0, 0.5]
+
+
+def test_a_turn_is_prepared_outside_the_clock(clock):
+    events = []
+
+    def call():
+        events.append("call")
+        clock.spend(0.25)()
+
+    turn = measure.make_turn(call, CPU, 1.0, lambda: events.append("prepare"))
+    events.clear()
+    assert turn() == 0.25
+    assert events == ["prepare", *["call"] * 5], "one call that is not timed, then four of a quarter of a second"
 
 
 def test_quartiles():
@@ -270,7 +325,7 @@ def test_no_time_for_a_wrong_result(monkeypatch, tmp_path, capsys):
 # Arguments
 
 
-@pytest.mark.parametrize("script", [layers, language_model, features, heads, readme_table, transforms])
+@pytest.mark.parametrize("script", [layers, language_model, features, heads, memory, readme_table, scaling, transforms])
 def test_help(script, capsys):
     with pytest.raises(SystemExit) as status:
         script.main(["--help"])
@@ -294,6 +349,12 @@ def test_help(script, capsys):
         (heads, ["--questions", "why"], "invalid choice: 'why'"),
         (heads, ["--output", __file__], "cannot be written"),
         (transforms, ["--output", __file__], "cannot be written"),
+        (memory, ["--cells", "gur"], "no cell 'gur'; choose from"),
+        (memory, ["--cases", "huge"], "no case 'huge'; choose from"),
+        (memory, ["--output", __file__], "cannot be written"),
+        (scaling, ["--cells", "gur"], "no cell 'gur'; choose from"),
+        (scaling, ["--threads", "1", "4096"], "--threads: 4096 is more than the"),
+        (scaling, ["--output", __file__], "cannot be written"),
         (language_model, ["--cell", "gur"], "no cell 'gur'; choose from"),
         (language_model, ["--corpus", "moby-dick"], "'moby-dick' is neither a file nor one of the known corpora"),
         (language_model, ["--steps", "none"], "invalid positive_int value: 'none'"),
@@ -355,7 +416,7 @@ def test_peak_memory_is_that_of_the_call():
         kept.append(torch.ones(50, 1 << 18))  # 50 MiB
         kept.clear()
 
-    peak = heads.peak_megabytes(call)
+    peak = measure.peak_megabytes(call)
     if peak is None:
         pytest.skip("the system does not tell the highest resident size")
     assert 45 < peak < 70

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import rnnfast
 
+pytestmark = pytest.mark.usefixtures("default_device")
 F64 = torch.float64
 
 
@@ -191,6 +192,7 @@ def test_derivatives(name):
     assert torch.autograd.gradgradcheck(call, (x, *weights), fast_mode=True)
 
 
+@pytest.mark.cpu_only("a device has no threads of ours")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("steps", "batch", "hidden"), [(6, 1, 300), (4, 3, 400), (9, 70, 40)])
 @pytest.mark.parametrize("name", CELLS)
@@ -512,6 +514,7 @@ def test_masks_compile_export_and_vmap():
     torch.testing.assert_close(same[0], same[1])
 
 
+@pytest.mark.cpu_only("the loops run on the CPU")
 def test_masks_in_the_loops_of_the_heads():
     """Generation and forecasting run as in evaluation, zoneout included."""
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import rnnfast
 
 # torch's compilers warn of their own imports and of what they skip.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("default_device")]
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 T, N, I, H = 5, 3, 4, 6  # noqa: E741  (the letter of the whole code base)
@@ -111,6 +111,7 @@ def test_dynamic_shapes(layer):
     assert counts == counts[:1] * 4  # all that is compiled is compiled for the first
 
 
+@pytest.mark.cpu_only("compiling for a device takes a minute, and what is compiled is not ours")
 @gpp
 def test_inductor():
     """The default backend, in training."""
@@ -232,6 +233,7 @@ def test_jit_trace():
     torch.testing.assert_close(flat(torch.jit.load(buffer)(x)), flat(model(x)))
 
 
+@pytest.mark.cpu_only("compiling for a device takes a minute, and what is compiled is not ours")
 @gpp
 def test_aot_inductor(tmp_path):
     """A package compiled ahead of time, run with sizes it has not seen."""
@@ -255,6 +257,7 @@ def test_complex_input_is_refused(layer):
         LAYERS[layer]()(x)
 
 
+@pytest.mark.cpu_only("it names its devices")
 def test_complex_is_refused(cell):
     """Also without data: the fake kernels refuse what the real ones do."""
     w, r = torch.randn(4 * 12, I, device="meta"), torch.randn(4 * 12, 12, device="meta")

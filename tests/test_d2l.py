@@ -21,6 +21,7 @@ pytest.importorskip("tqdm")
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 d2l = importlib.import_module("d2l")
+d2l_models = importlib.import_module("d2l_models")
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def run(tmp_path, name, *arguments):
 
 
 def without_times(row):
-    timed = ("seconds", "inference_ms", "characters_per_second", "forecast_seconds")
+    timed = ("run", "cpu_seconds", "inference_cpu_ms", "characters_per_cpu_second", "forecast_cpu_seconds")
     return {key: value for key, value in row.items() if key not in timed}
 
 
@@ -87,12 +88,16 @@ def test_each_experiment_from_end_to_end(tiny, tmp_path, capsys, name, impl):
     assert [row["model"] for row in rows] == [setting.name for setting in expected]
     assert tuple(rows[0]) == ("model", *d2l.EXPERIMENTS[name].columns)
     for row in rows:
-        for column in {"seconds", "perplexity", "train_perplexity"} & set(row):
+        for column in {"cpu_seconds", "perplexity", "train_perplexity"} & set(row):
             assert float(row[column]) > 0
     assert (work / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((work / f"{stem}.json").read_text())
     assert summary["impl"] == impl
-    assert summary["machine"]
+    markdown = (work / f"d2l-{name}.md").read_text()
+    assert all(f"| {setting.name} |" in markdown for setting in expected)
+    assert ("words that the book has" in markdown) == (name == "sampling")
+    assert [set(run) >= {"machine", "git_sha", "threads"} for run in summary["runs"]] == [True]
+    assert all(row["run"] == 0 for row in summary["results"])
     printed = capsys.readouterr()
     assert d2l.EXPERIMENTS[name].title in printed.out
     assert "100%" in printed.err
@@ -103,7 +108,10 @@ def test_each_experiment_from_end_to_end(tiny, tmp_path, capsys, name, impl):
 def test_both_implementations_reach_the_same(tiny, tmp_path, capsys, name):
     _, work = run(tmp_path, name)
     run(tmp_path, name, "--impl", "torch")
-    assert capsys.readouterr().out.count("torch.nn's time over rnnfast's") == len(d2l.EXPERIMENTS[name].settings())
+    count = len(d2l.EXPERIMENTS[name].settings())
+    assert capsys.readouterr().out.count("torch.nn's CPU time over rnnfast's") == count
+    comparison = (work / f"d2l-{name}.md").read_text().split("| model | torch.nn's CPU time / rnnfast's |")[1]
+    assert comparison.count("\n| ") == count + 1
     for ours, theirs in zip(results(work, f"d2l-{name}-rnnfast"), results(work, f"d2l-{name}-torch"), strict=True):
         for key in ("perplexity", "train_perplexity", "error_1", "error_3"):
             if key in ours:
@@ -111,10 +119,46 @@ def test_both_implementations_reach_the_same(tiny, tmp_path, capsys, name):
         assert ours.get("texts", {}).keys() == theirs.get("texts", {}).keys()
 
 
+def test_only_the_models_asked_for(tiny, tmp_path):
+    _, work = run(tmp_path, "gates", "--models", "reset gate only*", "both")
+    names = [row["name"] for row in results(work, "d2l-gates-rnnfast")]
+    assert names == ["reset gate only", "reset gate only, before the product"]
+
+
+def test_times_are_those_of_the_process_and_not_of_the_clock(tiny, tmp_path, monkeypatch):
+    """A machine busy with other work: a model that waits a second in every epoch has used no more CPU time for it."""
+    fit = d2l_models.fit
+
+    def waiting(model, batches, *rest, **options):
+        def late(epoch):
+            time.sleep(1.0)
+            return batches(epoch)
+
+        return fit(model, late, *rest, **options)
+
+    monkeypatch.setattr(d2l_models, "fit", waiting)
+    _, work = run(tmp_path, "cells", "--cell", "rnn")
+    assert 0 < results(work, "d2l-cells-rnnfast")[0]["cpu_seconds"] < 1.0
+
+
+def test_a_result_keeps_the_run_that_trained_it(tiny, tmp_path, monkeypatch):
+    """A call that adds models to finished ones describes both runs."""
+    described = d2l.describe_run(torch.device("cpu"), torch.float32, 1)
+    for sha, models in (("a" * 40, ["rnn"]), ("b" * 40, ["rnn", "gru"])):
+        monkeypatch.setattr(d2l, "describe_run", lambda *_, sha=sha: described | {"git_sha": sha})
+        _, work = run(tmp_path, "cells", "--models", *models)
+    summary = json.loads((work / "d2l-cells-rnnfast.json").read_text())
+    assert [run["git_sha"][0] for run in summary["runs"]] == ["a", "b"]
+    assert [row["run"] for row in summary["results"]] == [0, 1]
+    text = (work / "d2l-cells.md").read_text()
+    assert "commit aaaaaaaaaaaa" in text
+    assert "commit bbbbbbbbbbbb" in text
+
+
 def test_finished_models_are_not_trained_again(tiny, tmp_path, monkeypatch):
     _, work = run(tmp_path, "cells")
     before = results(work, "d2l-cells-rnnfast")
-    monkeypatch.setattr(d2l, "fit", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(d2l_models, "fit", lambda *_, **__: pytest.fail("trained again"))
     run(tmp_path, "cells")
     assert results(work, "d2l-cells-rnnfast") == before
 
@@ -123,7 +167,7 @@ def test_finished_models_are_not_trained_again(tiny, tmp_path, monkeypatch):
 def test_an_interrupted_run_goes_on_to_the_same_result(tiny, tmp_path, monkeypatch, capsys, name):
     """Ctrl-C after the first epoch of the second model: what is there is written, and the next call does the rest."""
     _, whole = run(tmp_path / "whole", name)
-    store, seen = d2l._store, []
+    store, seen = d2l_models._store, []
 
     def stop(content, path):
         store(content, path)
@@ -131,9 +175,9 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tiny, tmp_path, monkeypat
         if seen.count("seconds.json") == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(d2l, "_store", stop)
+    monkeypatch.setattr(d2l_models, "_store", stop)
     status, work = run(tmp_path / "broken", name)
-    monkeypatch.setattr(d2l, "_store", store)
+    monkeypatch.setattr(d2l_models, "_store", store)
     assert status == 130
     assert "stopped after 1 of" in capsys.readouterr().err
     stem = f"d2l-{name}-rnnfast"
@@ -170,7 +214,15 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path, book):
         assert process.returncode == 0, output
     rows = [results(tmp_path / folder, "d2l-cells-rnnfast") for folder in ("broken", "whole")]
     assert [without_times(row) for row in rows[0]] == [without_times(row) for row in rows[1]]
-    assert rows[0][0]["seconds"] > 0
+    assert rows[0][0]["cpu_seconds"] > 0
+
+
+def test_only_results_of_equal_settings_are_compared():
+    row = {"name": "gru", "cpu_seconds": 2.0, "perplexity": 6.0, "setting": {"impl": "rnnfast", "epochs": 50}}
+    twin = row | {"cpu_seconds": 5.0, "perplexity": 6.1, "setting": {"impl": "torch", "epochs": 50}}
+    assert d2l.compare([row], [twin]) == [("gru", 2.5, "perplexity", 6.0, 6.1)]
+    assert d2l.compare([row], [twin | {"setting": {"impl": "torch", "epochs": 20}}]) == []
+    assert d2l.compare([row], [twin | {"stopped": "diverged"}]) == []
 
 
 def test_other_settings_in_the_same_folder_are_refused(tiny, tmp_path, capsys):
@@ -188,14 +240,16 @@ def test_other_settings_in_the_same_folder_are_refused(tiny, tmp_path, capsys):
         (["cooking"], "invalid choice: 'cooking'"),
         (["cells", "--impl", "jax"], "invalid choice: 'jax'"),
         (["cells", "--epochs", "0"], "0 is not at least 1"),
+        (["cells", "--seed", "-1"], "-1 is not between 0 and 2^32 - 1"),
         (["cells", "--threads", "no"], "invalid positive_int value: 'no'"),
         (["cells", "--cell", "gur"], "invalid choice: 'gur'"),
-        (["depth", "--cell", "lstm"], "--cell lstm: this experiment has no model of it"),
+        (["depth", "--cell", "lstm"], "--cell lstm: this experiment has no such model"),
+        (["cells", "--models", "lstn", "x *"], "--models 'lstn' --models 'x *': this experiment has no such model"),
         (["cells", "--corpus", "moby-dick"], "'moby-dick' is neither a file nor one of the known corpora"),
         (["books", "--corpus", "python-docs"], "corpus 'war-of-the-worlds' is not in"),
         (["forecasts"], "series 'co2': put co2_mm_mlo.csv"),
-        (["cells", "--corpus", "python-docs", "--work", __file__], "cannot be written"),
-        (["cells", "--corpus", "python-docs", "--output", __file__], "cannot be written"),
+        (["cells", "--corpus", "python-docs", "--work", __file__], f"--work {__file__}: cannot be written"),
+        (["cells", "--corpus", "python-docs", "--output", __file__], f"--output {__file__}: cannot be written"),
     ],
 )
 def test_refusals_before_any_work(arguments, message, capsys, monkeypatch, tmp_path):
@@ -248,14 +302,14 @@ def test_training_that_diverges_is_a_result(tiny, tmp_path, monkeypatch):
 
 def test_bytes_kept_for_backward(book):
     setting = d2l.of_book("rnn", "rnn", corpus=str(book), num_steps=6, hidden_size=16)
-    vocab, tokens, _ = d2l.read_tokens(setting)
-    trained = d2l.Trained(setting, vocab, "rnnfast", 0)
-    windows = d2l.Windows(tokens, 6)
-    once, twice = (d2l.saved_bytes(trained, windows.__getitems__(range(n))) for n in (200, 400))
+    vocab, tokens, _ = d2l_models.read_tokens(setting)
+    trained = d2l_models.Trained(setting, vocab, "rnnfast", 0)
+    windows = d2l_models.Windows(tokens, 6)
+    once, twice = (d2l_models.saved_bytes(trained, windows.__getitems__(range(n))) for n in (200, 400))
     assert 200 * 6 * 16 * 4 <= once < 20 * 200 * 6 * 16 * 4
     assert 1.8 < twice / once < 2.2
 
 
 def test_texts_are_judged_by_the_words_of_the_book():
-    figures = d2l.text_figures("begun the time the machine xyzzy cut", "the time machine")
+    figures = d2l_models.text_figures("begun the time the machine xyzzy cut", "the time machine")
     assert figures == {"known_words": 0.8, "distinct_words": 0.8}

@@ -8,7 +8,9 @@ from torch import nn
 import rnnfast
 from rnnfast import _C
 
-KEYS = {"kernel", "isa", "reason", "threads", "accumulate_dtype", "chunk_steps", "packed_weights"}
+pytestmark = pytest.mark.usefixtures("default_device")
+KEYS = {"kernel", "isa", "reason", "accumulate_dtype"}
+CPU_KEYS = KEYS | {"threads", "chunk_steps", "packed_weights"}
 
 
 def raw(cell: str, dtype: str = "float32", training: bool = False, threads: int = 1, **sizes: int) -> dict:
@@ -36,7 +38,7 @@ def test_every_layer_and_direction(layer, kind):
         assert (plan.sizes["T"], plan.sizes["H"], plan.sizes["P"]) == (T, H, H)
         assert plan.sizes["N"] == (1 if kind == "unbatched" else N)
         assert plan.kernel and plan.reason
-        assert plan.details.keys() >= KEYS
+        assert plan.details.keys() >= (KEYS if plan.isa == "cuda" else CPU_KEYS)
     text = str(explanation)
     assert text.count("kernel") >= 4 and explanation.plans[0].reason in text and explanation.plans[0].kernel in text
 
@@ -50,14 +52,14 @@ def test_cells(layer):
     assert plan.sizes == {"T": 1, "N": N, "I": I, "H": H, "P": H}
 
 
-def test_projection_batch_first_and_autocast():
+def test_projection_batch_first_and_autocast(default_device):
     """Sizes are those of the call; the dtype is the one computed in."""
     _, ours = pair("lstm", proj_size=4, batch_first=True, num_layers=2)
     explanation = rnnfast.explain(ours, torch.randn(2, 7, I))
     assert explanation.plans[1].sizes == {"T": 7, "N": 2, "I": 4, "H": H, "P": 4}
     assert explanation.dtype == torch.float32
     _, plain = pair("lstm")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(default_device, dtype=torch.bfloat16):
         assert rnnfast.explain(plain, torch.randn(7, 2, I)).dtype == torch.bfloat16
 
 
@@ -109,6 +111,7 @@ def test_accumulation(cell, dtype, accumulate):
         assert raw(cell, low)["accumulate_dtype"] == "float32"
 
 
+@pytest.mark.cpu_only("a device has no threads of ours")
 def test_threads(cell):
     """Never more than there are, and more than one where the batch is large."""
     for threads in (1, 2, 4):
@@ -124,6 +127,20 @@ def test_does_not_run(cell):
     before = torch.get_rng_state()
     assert rnnfast.explain(module, x).plans[0].sizes["T"] == 2**20
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_on_cuda():
+    """A layer on a device is explained by that device's policy; a build without kernels says that it has none."""
+    if not _C.build_info()["cuda"]:
+        with pytest.raises(ValueError, match="device: expected None, for this build has no CUDA kernels: "):
+            _C.explain("gru", T=8, N=8, I=8, H=8, P=8, dtype="float32", training=False, threads=1, device=0)
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device, whose properties the policy asks for")
+    layer = rnnfast.GRU(I, H, device="cuda")
+    (plan,) = rnnfast.explain(layer, torch.randn(64, N, I, device="cuda")).plans
+    assert plan.isa == "cuda" and plan.kernel in ("per_step", "resident") and plan.reason
+    assert plan.details["backward_kernel"] in ("per_step", "resident")
 
 
 def test_refusals():

@@ -27,12 +27,17 @@ def layer(request):
     return LAYERS[request.param]
 
 
+# On a CUDA device too. Not what is about the loop that continues a series: it is of the CPU.
+on_device = pytest.mark.usefixtures("default_device")
+
+
 def scaled_model(layer, features=2, tau=None, distribution=False, num_layers=2):
     model = RNNAutoRegression(layer(features, 6, num_layers=num_layers).double(), tau, distribution)
     model.fit_scaling(torch.randn(50, 4, features, dtype=torch.float64) * 3 + 7)
     return model
 
 
+@on_device
 @pytest.mark.parametrize("distribution", [False, True])
 def test_windows_are_predicted_each_from_its_own_values(layer, distribution):
     model = scaled_model(layer, tau=3, distribution=distribution)
@@ -49,6 +54,7 @@ def test_windows_are_predicted_each_from_its_own_values(layer, distribution):
         assert model(changed)[0].mean[first].equal(prediction.mean[first])
 
 
+@on_device
 @pytest.mark.parametrize("distribution", [False, True])
 def test_whole_sequences_carry_their_state(layer, distribution):
     model = scaled_model(layer, distribution=distribution)
@@ -158,6 +164,7 @@ def test_paths_are_drawn_from_the_distribution(tau):
     assert not paths.equal(draw(1).mean)
 
 
+@on_device
 @pytest.mark.parametrize("tau", [None, 3])
 def test_loss_is_that_of_the_one_step_predictions(tau):
     series = torch.randn(9, 4, 2, dtype=torch.float64) + 7
@@ -188,6 +195,7 @@ def test_shapes_with_one_feature():
         assert model.forecast(full[:, 0, 0], 5, num_paths=7).mean.shape == (7, 5)
 
 
+@on_device
 def test_scaling():
     model = RNNAutoRegression(rnnfast.GRU(2, 4))
     series = torch.stack([torch.randn(500) * 3 + 7, torch.full((500,), 2.0)], -1)[:, None]
@@ -249,6 +257,13 @@ def test_it_learns_the_noisy_sine():
 def test_refusals(call, error, match):
     with pytest.raises(error, match=match):
         call(RNNAutoRegression(rnnfast.GRU(2, 4)), RNNAutoRegression(rnnfast.GRU(2, 4), tau=4))
+
+
+def test_forecasting_is_on_the_cpu():
+    """Of a model that is elsewhere: the error says where to move it."""
+    model = RNNAutoRegression(rnnfast.GRU(2, 4, device="meta"))
+    with pytest.raises(RuntimeError, match=r"forecasting runs on the CPU: move the model there, .*; it is on meta"):
+        model.forecast(torch.zeros(5, 3, 2, device="meta"), 2)
 
 
 def test_series_that_are_not_there(tmp_path, monkeypatch):

@@ -298,6 +298,17 @@ def test_generate_refuses(options, error, match, embedding_dim):
         assert model.training
 
 
+def test_generation_is_on_the_cpu():
+    """Of a model that is elsewhere: the error says where to move it."""
+    model = RNNLM(rnnfast.GRU(V, 6, device="meta"), V)
+    prompt = torch.zeros(2, 2, dtype=torch.int64, device="meta")
+    match = r'generation runs on the CPU: move the model there, model\.to\("cpu"\); it is on meta'
+    with pytest.raises(RuntimeError, match=match):
+        model.generate(prompt, 3)
+    with pytest.raises(RuntimeError, match=match):
+        next(model.stream(prompt, 3))
+
+
 def test_prompts_of_different_lengths_need_our_layers():
     model = RNNLM(torch.nn.GRU(V, 6), V)
     with pytest.raises(ValueError, match=r"need a layer of rnnfast, got torch\.nn\.modules\.rnn\.GRU"):

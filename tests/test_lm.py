@@ -20,6 +20,8 @@ LAYERS = {
     "LSTM projected": lambda *args, **options: rnnfast.LSTM(*args, proj_size=3, **options),
 }
 V = 11
+# On a CUDA device too. Not what is about the loops that write, or the kernel of the softmax: these are of the CPU.
+on_device = pytest.mark.usefixtures("default_device")
 
 
 @pytest.fixture(params=LAYERS)
@@ -30,6 +32,7 @@ def layer(request):
 # RNNLM: forward
 
 
+@on_device
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -86,6 +89,7 @@ def test_same_random_numbers_as_the_parts_in_order():
         assert ours.equal(theirs)
 
 
+@on_device
 def test_tied_weights_are_one_parameter():
     model = RNNLM(rnnfast.GRU(6, 6), V, embedding_dim=6, tie_weights=True)
     assert model.output.weight is model.embedding.weight
@@ -99,6 +103,7 @@ def test_tied_weights_are_one_parameter():
     assert "tie_weights=True" in repr(model)
 
 
+@on_device
 def test_dropout_is_for_training_only():
     model = RNNLM(rnnfast.GRU(4, 6), V, embedding_dim=4, dropout=0.5)
     tokens = torch.randint(V, (4, 3))
@@ -109,12 +114,13 @@ def test_dropout_is_for_training_only():
     assert model(tokens)[0].equal(model(tokens)[0])
 
 
+@on_device
 @pytest.mark.parametrize("embedding_dim", [None, 4])
-def test_autocast(layer, embedding_dim):
+def test_autocast(layer, embedding_dim, default_device):
     model = RNNLM(layer(embedding_dim or V, 6), V, embedding_dim=embedding_dim)
     tokens = torch.randint(V, (7, 3))
     exact, _ = model.loss(tokens, tokens)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(default_device, dtype=torch.bfloat16):
         scores, _ = model(tokens)
         loss, _ = model.loss(tokens, tokens)
     assert scores.dtype == torch.bfloat16
@@ -127,6 +133,7 @@ def test_autocast(layer, embedding_dim):
 # Loss
 
 
+@on_device
 @pytest.mark.parametrize("chunk_rows", [1, 3, None])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -204,6 +211,7 @@ def test_softmax_loss_passes_opcheck_and_refuses():
             torch.ops.rnnfast._softmax_loss_(*arguments)
 
 
+@on_device
 def test_chunked_loss_backward_twice_and_partly():
     hidden, weight = torch.randn(10, 6, requires_grad=True), torch.randn(V, 6)
     loss = linear_cross_entropy(hidden, weight, None, torch.randint(V, (10,)))
@@ -213,6 +221,7 @@ def test_chunked_loss_backward_twice_and_partly():
         assert not linear_cross_entropy(hidden, weight, None, torch.randint(V, (10,))).requires_grad
 
 
+@on_device
 def test_chunked_loss_has_second_derivatives():
     """Also where hidden depends on the weight: tied weights."""
     start, weight = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (10, V))
@@ -229,6 +238,7 @@ def test_chunked_loss_has_second_derivatives():
         torch.testing.assert_close(ours, want, rtol=1e-11, atol=1e-12)
 
 
+@on_device
 @pytest.mark.parametrize("embedding_dim", [None, 5])
 def test_model_loss_and_perplexity(layer, embedding_dim):
     model = RNNLM(layer(embedding_dim or V, 6, dtype=torch.float64), V, embedding_dim=embedding_dim)

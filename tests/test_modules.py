@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,9 +35,12 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequenc
 
 import rnnfast
 
-pytestmark = pytest.mark.filterwarnings(IGNORE_TORCH)
+pytestmark = [pytest.mark.filterwarnings(IGNORE_TORCH), pytest.mark.usefixtures("default_device")]
+CUDNN_DROPOUT = pytest.mark.cpu_only("cuDNN draws the masks between its layers from a state of its own")
 DTYPES = [torch.float32, torch.float64]
 LOW = [torch.bfloat16, torch.float16]
+# In which torch.nn's autocast is a pattern: on CUDA its bfloat16 ends in cuDNN's float16.
+LOW_OF = {"cpu": torch.bfloat16, "cuda": torch.float16}
 
 
 def option_product() -> list[tuple[str, dict]]:
@@ -135,6 +139,7 @@ def test_shapes_and_strides(layer, data):
     assert_agree(theirs, ours, x, state)
 
 
+@CUDNN_DROPOUT
 @pytest.mark.parametrize("kind", ["batched", "packed_unsorted"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("layer", LAYERS)
@@ -156,6 +161,7 @@ def test_dropout_draws_torchs_masks(layer, bidirectional, kind):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@CUDNN_DROPOUT
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_dropout_in_float32(layer, batch_first):
@@ -168,6 +174,7 @@ def test_dropout_in_float32(layer, batch_first):
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
 
 
+@CUDNN_DROPOUT
 def test_dropout_may_change_after_construction():
     """module.dropout is read at each call, up to the certainty of 1.0."""
     theirs, ours = pair("lstm", num_layers=2, dropout=0.1, dtype=torch.float64)
@@ -187,7 +194,7 @@ def test_empty_batch(layer, dtype):
     """Nothing in, nothing out, of torch's shapes; the weights' gradients are zero."""
     theirs, ours = pair(layer, dtype=dtype, num_layers=2, bidirectional=True)
     x = torch.empty(T, 0, I, dtype=dtype)
-    assert_same_structure(theirs(x), ours(x))
+    assert_same_structure(theirs.cpu()(x.cpu()), ours(x))  # cuDNN takes none
     results = evaluate_module(ours, x)
     assert all(torch.equal(results[f"grad_{n}"], torch.zeros_like(p)) for n, p in ours.named_parameters())
 
@@ -210,18 +217,18 @@ def test_packed_equals_each_sequence_alone(layer):
 def test_packed_by_hand(layer):
     """A PackedSequence made from data and batch sizes alone, as some programs do."""
     theirs, ours = pair(layer, dtype=torch.float64)
-    x = PackedSequence(torch.randn(6, I, dtype=torch.float64), torch.tensor([3, 2, 1]))
+    x = PackedSequence(torch.randn(6, I, dtype=torch.float64), torch.tensor([3, 2, 1], device="cpu"))
     assert_agree(theirs, ours, x)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_autocast(layer, kind):
+def test_autocast(layer, kind, default_device):
     """The dtypes that torch.nn gives, and parameter gradients in the parameters' own."""
     theirs, ours = pair(layer, num_layers=2)
     x, state = make_input(kind, theirs), make_state(kind, theirs)
     exact = evaluate_module(theirs, x, state)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(default_device, dtype=LOW_OF[default_device]):
         assert_same_structure(theirs(x, state), ours(x, state))
         assert_same_structure(theirs(x), ours(x))
         results = evaluate_module(ours, x, state)
@@ -232,6 +239,7 @@ def test_autocast(layer, kind):
     assert all(results[f"grad_{name}"].dtype == torch.float32 for name, _ in ours.named_parameters())
 
 
+@pytest.mark.cpu_only("test_autocast has float16 there")
 @pytest.mark.parametrize("layer", LAYERS)
 def test_autocast_to_float16(layer):
     """float16, also for the LSTM, where torch's own call fails on processors without float16 products."""
@@ -248,29 +256,46 @@ def test_autocast_to_float16(layer):
 
 
 @pytest.mark.parametrize("layer", CELL_MODULES)
-def test_autocast_of_cells(layer):
+def test_autocast_of_cells(layer, default_device):
     """The dtypes that torch.nn gives."""
     theirs, ours = pair(layer, modules=CELL_MODULES)
     x, h = torch.randn(N, I), torch.randn(N, H)
     state = (h, h) if layer == "lstm" else h
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(default_device, dtype=LOW_OF[default_device]):
         assert_same_structure(theirs(x, state), ours(x, state))
         assert_same_structure(theirs(x), ours(x))
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_autocast_accepts_mixed_dtypes(layer):
+def test_autocast_accepts_mixed_dtypes(layer, default_device):
     """Under autocast an input in the low dtype meets float32 weights."""
     theirs, ours = pair(layer)
-    x = make_input("batched", theirs).bfloat16()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    low = LOW_OF[default_device]
+    x = make_input("batched", theirs).to(low)
+    with torch.autocast(default_device, dtype=low):
         assert_same_structure(theirs(x), ours(x))
+
+
+@pytest.mark.cpu_only("it is about CUDA, but makes no tensor there")
+@pytest.mark.parametrize("low", LOW, ids=str)
+def test_autocast_on_cuda(low, monkeypatch):
+    """All in autocast's dtype there, whatever the mode, the call and the states; float64 is left alone."""
+    monkeypatch.setattr(torch, "get_autocast_dtype", {"cuda": low}.__getitem__)
+    x, h, c = (
+        SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"), is_floating_point=lambda: True) for _ in "xhc"
+    )
+    for mode, proj_size, stepwise in itertools.product(["RNN_TANH", "RNN", "GRU", "LSTM"], [0, 3], [False, True]):
+        for states in ((None, None), (h, c)):
+            assert rnnfast.modules._autocast_dtypes(mode, proj_size, stepwise, x, *states) == (low, None)
+    x.dtype = torch.float64
+    assert rnnfast.modules._autocast_dtypes("GRU", 0, False, x, None, None) == (None, None)
 
 
 @pytest.mark.parametrize("kind", ["batched", "packed_unsorted"])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_double_backward(layer, kind):
+def test_double_backward(layer, kind, monkeypatch):
     """A gradient penalty through layers and directions, against torch.nn."""
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)  # it has none
     theirs, ours = pair(layer, dtype=torch.float64, num_layers=2, bidirectional=True)
     x = make_input(kind, theirs, torch.float64)
     results = []
@@ -338,6 +363,7 @@ def test_initial_values_and_repr(name):
         assert repr(ours) == repr(theirs)
 
 
+@pytest.mark.cpu_only("it names its devices")
 @pytest.mark.parametrize("layer", LAYERS)
 def test_meta_device(layer):
     """Shapes without memory, then real weights from a state dict."""

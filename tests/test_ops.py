@@ -80,10 +80,10 @@ def test_opcheck_internal(cell, device, variant):
 
 
 @pytest.mark.parametrize("leading", [(), (5,)], ids=str)
-def test_sample_products(leading):
+def test_sample_products(leading, device):
     """One product for each of three examples, of any strides; other shapes are refused."""
     op = torch.ops.rnnfast._sample_products
-    left, right = torch.randn(*leading, 4, 6).transpose(-1, -2), torch.randn(*leading, 6, 2)
+    left, right = torch.randn(*leading, 4, 6).transpose(-1, -2).to(device), torch.randn(*leading, 6, 2).to(device)
     torch.library.opcheck(op, (left, right, 3), test_utils=("test_schema", "test_faketensor"))
     left_rows, right_rows = (t.reshape(-1, 3, t.shape[-1]) for t in (left, right))
     want = torch.einsum("rbj,rbk->bjk", left_rows, right_rows)
@@ -107,7 +107,7 @@ def test_backward_factors_with_all_c(kernel, name, batch):
     """The same with a gradient of all c: of few rows, whose weights are read in place, and of many."""
     for options in ({}, {"P": 3, "reverse": True}, {"lengths": (3,) * batch, "resets": True}):
         call = Case(name, T=4, N=batch, H=17, **options).call().on(kernel)
-        grad_all_c = cotangent(torch.empty(4, batch, 17, dtype=torch.float64))
+        grad_all_c = cotangent(torch.empty(4, batch, 17, dtype=torch.float64, device=kernel))
         check_factors(name, call, grad_all_c=grad_all_c)
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from agreement import assert_as_accurate, assert_same, cotangent
+from agreement import assert_as_accurate, assert_same, cotangent, evaluate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import IGNORE_TORCH, LAYERS, pair, tensors_of
@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import rnnfast
 from rnnfast import reference
 
-pytestmark = pytest.mark.filterwarnings(IGNORE_TORCH)
+pytestmark = [pytest.mark.filterwarnings(IGNORE_TORCH), pytest.mark.usefixtures("default_device")]
+NAMES_DEVICES = pytest.mark.cpu_only("what it is made of is made once, on the CPU")
 F64 = torch.float64
 I, H = 3, 5  # noqa: E741  (the letter of the whole code base)
 
@@ -69,7 +70,7 @@ def by_packing(lengths: Tensor):
 
     def function(module: nn.RNNBase, x: Tensor, hx):
         first = module.batch_first
-        output, state = module(pack_padded_sequence(x, lengths, first, enforce_sorted=False), hx)
+        output, state = module(pack_padded_sequence(x, lengths.cpu(), first, enforce_sorted=False), hx)
         return pad_packed_sequence(output, first, total_length=x.shape[1 if first else 0])[0], state
 
     return function
@@ -185,7 +186,7 @@ def test_padding_is_neither_read_nor_written(layer, batch_first, bidirectional):
     _, ours = pair(layer, I, H, num_layers=3, bidirectional=bidirectional, batch_first=batch_first, dropout=0.5)
     lengths = torch.tensor([2, 0, 5, 3])
     x = torch.randn(5, 4, I)
-    padding = torch.arange(5)[:, None] >= lengths
+    padding = torch.arange(5)[:, None] >= lengths.to(x.device)
     x[padding] = float("nan")
     if batch_first:
         x, padding = x.transpose(0, 1), padding.T
@@ -238,6 +239,7 @@ def test_double_backward(layer):
     assert torch.autograd.gradgradcheck(call, (x, *weights[:2]), fast_mode=True)
 
 
+@NAMES_DEVICES
 @pytest.mark.parametrize("lengths", [[3, 1], (3, 1), torch.tensor([3, 1], dtype=torch.int32), torch.tensor([3, 1])])
 def test_kinds_of_lengths(lengths):
     """A list, a tuple, any integer dtype."""
@@ -245,6 +247,15 @@ def test_kinds_of_lengths(lengths):
     assert torch.equal(layer(x, lengths=lengths)[0], layer(x, lengths=torch.tensor([3, 1]))[0])
     for dtype in (torch.uint8, torch.int8, torch.int16):
         assert torch.equal(layer(x, lengths=torch.tensor([3, 1], dtype=dtype))[0], layer(x, lengths=lengths)[0])
+
+
+@pytest.mark.few_cells
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("lengths", [(10, *(0,) * 69), (0, 2, *(0,) * 68)], ids=["ten", "two"])
+def test_few_real_rows_in_many_steps(cell, lengths, reverse):
+    """So few rows would have their weights read in place, were the steps not too many for one sum of gradients."""
+    call = Case(cell, T=19, N=70, lengths=lengths, reverse=reverse).call().with_grad()
+    assert_same(evaluate(call, call.op()), evaluate(call, call.reference()))
 
 
 def test_empty_batch():
@@ -286,9 +297,9 @@ def test_all_c_against_the_reference(kernel, data):
     )
 
 
-def test_the_gradient_of_all_c_alone():
+def test_the_gradient_of_all_c_alone(device):
     """It needs no gradient of the output beside it."""
-    call = Case("lstm", T=5, N=3, H=17, lengths=(2, 5, 0), resets=True).call()
+    call = Case("lstm", T=5, N=3, H=17, lengths=(2, 5, 0), resets=True).call().on(device)
     grads = []
     for op, options in ((call.op(), {}), (call.reference(), {"with_all_c": True})):
         leaves = call.with_grad()
@@ -302,17 +313,18 @@ def test_the_gradient_of_all_c_alone():
 @pytest.mark.parametrize(
     "case", [Case("lstm", lengths=(2, 4, 0), resets=True), Case("lstm", P=2), Case("lstm", kind="step", T=1)]
 )
-def test_opcheck(case):
+def test_opcheck(case, device):
     """Schema, fake kernel, autograd registration of the ops with all_c."""
-    call = case.call().with_grad()
+    call = case.call().on(device).with_grad()
     torch.library.opcheck(torch.ops.rnnfast.lstm_all_c.default, call.everything())
     torch.library.opcheck(
         torch.ops.rnnfast._lstm_all_c_forward.default,
-        case.call().everything(),
+        case.call().on(device).everything(),
         test_utils=("test_schema", "test_faketensor"),
     )
 
 
+@NAMES_DEVICES
 def test_meta_all_c():
     call = Case("lstm", T=4, N=3, H=5, P=2).call()
     tensors = [None if t is None else t.to("meta") for t in call.positional()]
@@ -320,6 +332,7 @@ def test_meta_all_c():
     assert shapes == [(4, 3, 2), (3, 2), (3, 5), (4, 3, 5)]
 
 
+@NAMES_DEVICES
 def test_only_cells_with_c_have_it(cell):
     has_it = reference.CELLS[cell].num_states == 2
     assert hasattr(torch.ops.rnnfast, f"{cell}_all_c") == has_it
@@ -381,19 +394,19 @@ def test_return_cells_of_a_packed_sequence(sorted_):
     _, ours = pair("lstm", I, H, bidirectional=True)
     lengths = torch.tensor([4, 3, 1] if sorted_ else [3, 1, 4])
     x = torch.randn(4, 3, I)
-    output, _, cells = ours(pack_padded_sequence(x, lengths, enforce_sorted=sorted_), return_cells=True)
+    output, _, cells = ours(pack_padded_sequence(x, lengths.cpu(), enforce_sorted=sorted_), return_cells=True)
     assert isinstance(cells, PackedSequence)
     assert torch.equal(cells.batch_sizes, output.batch_sizes)
     want = ours(x, lengths=lengths, return_cells=True)[2]
     torch.testing.assert_close(pad_packed_sequence(cells)[0], want, rtol=1e-6, atol=1e-7)
 
 
-def test_return_cells_unbatched_and_autocast():
+def test_return_cells_unbatched_and_autocast(default_device):
     _, ours = pair("lstm", I, H)
     x = torch.randn(4, I)
     output, (_, c_n), cells = ours(x, return_cells=True)
     assert cells.shape == output.shape and torch.equal(cells[-1:], c_n)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(default_device, torch.bfloat16):
         _, (_, c_n), cells = ours(x, return_cells=True)
     assert cells.dtype == c_n.dtype
 
@@ -427,6 +440,7 @@ WRONG = {
 }
 
 
+@NAMES_DEVICES
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_refusals(layer, wrong):
@@ -437,6 +451,7 @@ def test_refusals(layer, wrong):
         ours(x, **options)
 
 
+@NAMES_DEVICES
 def test_refusals_with_batch_first_and_of_types():
     layer = rnnfast.GRU(I, H, batch_first=True)
     with pytest.raises(ValueError, match=r"resets.*\[N, T\].*= \(3, 4\).*got \(4, 3\)"):
@@ -454,6 +469,7 @@ def test_positional_arguments_are_torchs(name):
     assert [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY] == ["self", "input", "hx"]
 
 
+@NAMES_DEVICES
 def test_subclass_hands_them_on():
     """Through a user's forward with cooperative super(), and through __call__ with its hooks."""
 

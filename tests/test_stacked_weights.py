@@ -89,10 +89,10 @@ def test_members(cell, kernel, variant, threads):
 
 @pytest.mark.few_cells
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_modes_reach_all_threads(cell, mode):
+def test_modes_reach_all_threads(cell, device, mode):
     """Parameters under inference_mode and no_grad: what the members' own threads make has no history either."""
     torch.set_num_threads(2)
-    call = stacked(cell, "padded", T=40, H=65).with_grad()
+    call = stacked(cell, "padded", T=40, H=65).on(device).with_grad()
     want = call(call.reference())
     with mode():
         have = call(call.op())
@@ -102,9 +102,9 @@ def test_modes_reach_all_threads(cell, mode):
 
 
 @pytest.mark.parametrize("variant", ["padded", "lengths"])
-def test_all_c_and_projection(variant):
+def test_all_c_and_projection(device, variant):
     """The LSTM's other results and weights."""
-    call = stacked("lstm", variant, P=2)
+    call = stacked("lstm", variant, P=2).on(device)
     op = torch.ops.rnnfast.lstm_all_c
 
     def by_reference(*arguments, **named):
@@ -117,18 +117,18 @@ def test_all_c_and_projection(variant):
 
 
 @pytest.mark.few_cells
-def test_16_bits(cell):
+def test_16_bits(cell, device):
     """The dtype of the results is that of the arguments."""
-    call = stacked(cell, "padded").to(torch.bfloat16)
+    call = stacked(cell, "padded").on(device).to(torch.bfloat16)
     want = results(call.to(torch.float32), call.op())
     for a, b in zip(results(call, call.op()), want, strict=True):
         assert a.dtype == torch.bfloat16
         torch.testing.assert_close(a.float(), b, rtol=0.05, atol=0.05)
 
 
-def test_derivatives(cell):
+def test_derivatives(cell, device):
     """First and second, against differences."""
-    call = stacked(cell, "lengths", T=2, H=2, N=3, lengths=(2, 0, 1))
+    call = stacked(cell, "lengths", T=2, H=2, N=3, lengths=(2, 0, 1)).on(device)
     names = list(call.tensors)
 
     def function(*tensors):
@@ -141,9 +141,9 @@ def test_derivatives(cell):
 
 @pytest.mark.few_cells
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_opcheck(cell, variant):
+def test_opcheck(cell, device, variant):
     """Schema, registration and fake kernels know stacked weights."""
-    call = stacked(cell, variant)
+    call = stacked(cell, variant).on(device)
     call.tensors = {n: t.requires_grad_(t.is_floating_point()) for n, t in call.tensors.items()}
     torch.library.opcheck(call.op(), tuple(call.everything()))
     call.tensors = {n: t.detach() for n, t in call.tensors.items()}
@@ -207,9 +207,9 @@ def test_refused_options(cell, variant, name, value, match):
 
 
 @pytest.mark.few_cells
-def test_refused_gradients(cell):
+def test_refused_gradients(cell, device):
     """The gradients that the backward op is given are checked as its other arguments are."""
-    call = stacked(cell, "padded")
+    call = stacked(cell, "padded").on(device)
     arguments = call.everything()
     saved = forward_op(cell)(*arguments)
     needs = [name in call.tensors for name in DIFFERENTIABLE]

@@ -12,6 +12,8 @@ from strategies import Call
 
 from rnnfast import reference
 
+on_device = pytest.mark.usefixtures("default_device")
+
 
 def token_call(cell, steps, batch, kinds, hidden, *, bias=True, kind="padded", reverse=False, dtype=torch.float64):
     """A call of an op with tokens, and the same with their one-hot rows."""
@@ -29,12 +31,12 @@ def token_call(cell, steps, batch, kinds, hidden, *, bias=True, kind="padded", r
     options = {"reverse": reverse}
     tokens = torch.randint(kinds, (steps, batch))
     if kind == "packed":
-        sizes = torch.randint(1, batch + 1, (steps,)).sort(descending=True).values
+        sizes = torch.randint(1, batch + 1, (steps,), device="cpu").sort(descending=True).values
         sizes[0] = batch
         options["batch_sizes"] = sizes
         tokens = torch.randint(kinds, (int(sizes.sum()),))
     elif kind == "lengths":
-        options["lengths"] = torch.randint(0, steps + 1, (batch,))
+        options["lengths"] = torch.randint(0, steps + 1, (batch,), device="cpu")
     elif kind == "step":
         tokens = tokens[0]
     dense = F.one_hot(tokens, kinds).to(dtype)
@@ -63,6 +65,7 @@ def test_tokens_are_their_one_hot_rows(cell, isa, steps, batch, kinds, hidden, b
         torch.testing.assert_close(ours[name], want, rtol=atol, atol=atol * max(1.0, want.abs().max().item()))
 
 
+@on_device
 def test_tokens_with_two_threads(cell):
     torch.set_num_threads(2)
     tokens, dense = token_call(cell, 40, 16, 28, 40)
@@ -71,6 +74,7 @@ def test_tokens_with_two_threads(cell):
         torch.testing.assert_close(ours[name], want, rtol=1e-11, atol=1e-11)
 
 
+@on_device
 @pytest.mark.parametrize("kind", ["padded", "packed", "step"])
 def test_tokens_pass_opcheck_and_double_backward(cell, kind):
     tokens, dense = token_call(cell, 3, 2, 5, 4, kind=kind)
@@ -86,6 +90,7 @@ def test_tokens_pass_opcheck_and_double_backward(cell, kind):
         torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
 
 
+@on_device
 @pytest.mark.few_cells
 @pytest.mark.parametrize("token", [-1, 28, 2**62, -(2**62)])
 @pytest.mark.parametrize("kind", ["padded", "packed", "step"])
@@ -96,6 +101,7 @@ def test_tokens_out_of_range_are_an_index_error(cell, token, kind):
         call(call.op())
 
 
+@on_device
 @pytest.mark.few_cells
 @pytest.mark.parametrize("shape", [(2, 3, 4), ()])
 def test_tokens_of_a_wrong_rank(cell, shape):

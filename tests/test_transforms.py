@@ -14,7 +14,10 @@ import rnnfast
 from rnnfast.reference import CELLS as REFERENCES
 
 # torch's, the first time that forward-mode derivatives are used.
-pytestmark = pytest.mark.filterwarnings(r"ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
+    pytest.mark.usefixtures("default_device"),
+]
 
 B, T, N, I, H = 3, 4, 2, 3, 5  # noqa: E741  (the letter of the whole code base)
 DTYPES = {"float64": (torch.float64, 1e-11), "float32": (torch.float32, 2e-5), "bfloat16": (torch.bfloat16, 0.03)}
@@ -57,13 +60,15 @@ def outputs_of(result) -> list[torch.Tensor]:
 
 def upstream(y: torch.Tensor) -> torch.Tensor:
     """A gradient that differs from place to place; without random numbers, which vmap refuses."""
-    return torch.arange(y.numel()).mul(0.7).cos().reshape(y.shape).to(y.dtype)
+    return torch.arange(y.numel(), device=y.device).mul(0.7).cos().reshape(y.shape).to(y.dtype)
 
 
 class Subject:
     """A module as functions of its parameters and input."""
 
     def __init__(self, name: str, dtype: torch.dtype = torch.float64) -> None:
+        if name.endswith("-norm") and torch.get_default_device().type == "cuda":
+            pytest.skip("this cell has no kernels on CUDA")
         self.make = lambda: MODULES[name](dtype=dtype)
         self.module = self.make()
         self.parameters = {name: p.detach() for name, p in self.module.named_parameters()}
@@ -247,30 +252,30 @@ def test_nested_vmap():
 
 
 @given(data=st.data())
-def test_ops(cell, data):
+def test_ops(cell, device, data):
     """Any call of an op, any of its arguments mapped: outputs and all gradients per example, as by single calls."""
     live = 1 + REFERENCES[cell].num_states
-    check_op(data, cell, lambda call: call(call.op())[:live])
+    check_op(data, cell, lambda call: call(call.op())[:live], device)
 
 
 @given(data=st.data())
-def test_op_with_all_c(data):
+def test_op_with_all_c(device, data):
     """The same of the op that returns the cell state of all steps."""
-    check_op(data, "lstm", lambda call: call(torch.ops.rnnfast.lstm_all_c))
+    check_op(data, "lstm", lambda call: call(torch.ops.rnnfast.lstm_all_c), device)
 
 
-def check_op(data, cell: str, run) -> None:
+def check_op(data, cell: str, run, device: str) -> None:
     case = data.draw(cases(cell, empty=False, expanded=False))
-    call = case.call()
+    call = case.call().on(device)
     names = [*call.tensors, *(n for n in ("lengths", "resets") if n in call.options)]
     everything = {n: call.tensors.get(n, call.options.get(n)) for n in names}
     mapped = data.draw(st.sets(st.sampled_from(names), min_size=1), label="mapped")
     size = data.draw(st.integers(1, 3), label="size")
-    generator = torch.Generator().manual_seed(case.seed)
+    generator = torch.Generator("cpu").manual_seed(case.seed)
     given_, dims = {}, {}
     for name, tensor in everything.items():
         if name in mapped:
-            order = [torch.randperm(tensor.shape[0], generator=generator) for _ in range(size)]
+            order = [torch.randperm(tensor.shape[0], generator=generator, device="cpu") for _ in range(size)]
             given_[name], dims[name] = torch.stack([tensor[o] for o in order], -1), -1
         else:
             given_[name], dims[name] = tensor, None
@@ -425,7 +430,7 @@ def test_tokens(cell, lengths):
     weights = tuple(torch.randn(*shape, dtype=torch.float64) for shape in shapes)
     h0 = torch.randn(N, H, dtype=torch.float64)
     op = getattr(torch.ops.rnnfast, cell)
-    options = {} if lengths is None else {"lengths": torch.tensor(lengths)}
+    options = {} if lengths is None else {"lengths": torch.tensor(lengths, device="cpu")}
 
     def run(weights, h0, tokens):
         name = "weight_ln" if REFERENCES[cell].is_normalized else "weight_ch"

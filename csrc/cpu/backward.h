@@ -76,7 +76,7 @@ struct SequenceBackward : WeightGradients<Cell, T> {
         const T* dy = outside(p.doutput, t, j);
         for (int64_t u = 0; u < P; ++u) dh[u] += dy[u];
       }
-      copy(s.dprojected + (row(t, j) - p.first_row[t0]) * ld_p, dh, ld_p);
+      copy(s.dprojected + (row(t, j) - row(t0, 0)) * ld_p, dh, ld_p);
     }
   }
   void backward_projection(const Scratch& s, int64_t t, int64_t j0, int64_t j1, int64_t panel0, int64_t panel1) const {
@@ -140,7 +140,7 @@ struct SequenceBackward : WeightGradients<Cell, T> {
     if constexpr (Cell::kNorms > 0)
       for (int64_t j = j0; j < min(j1, p.active[t]); ++j) {
         T *gates = p.gates + row(t, j) * gate_row, *dgates = chunk_gates(s, t0, t, j);
-        Moments<T>* of = s.moments + (row(t, j) - p.first_row[t0]) * Cell::kNorms;
+        Moments<T>* of = s.moments + (row(t, j) - row(t0, 0)) * Cell::kNorms;
         if constexpr (Cell::kNorms == 3) {
           const Slots<T> c{gates, kSlots, Cell::kC};
           of[2] = moments<1>(c, H);
@@ -260,9 +260,8 @@ struct SequenceBackward : WeightGradients<Cell, T> {
     }
   }
 
-  void run() const {
-    const Scratch s(*this, p.scratch);
-    const int threads = p.plan.threads;
+  // What stays in the scratch from part to part: rearranged weights, and the sums of their gradients.
+  void start(const Scratch& s) const {
     if (p.dinput.data) pack_backward(p.w_ih, I, Cell::kInputGates, s.w_ih);
     pack_backward(p.w_hh, P, Cell::kRecurrentGates, s.w_hh, kEarlyGates);
     if constexpr (kLateGates > 0) pack_backward(p.w_hh, P, Cell::kRecurrentGates + kEarlyGates, s.w_late, kLateGates);
@@ -272,11 +271,6 @@ struct SequenceBackward : WeightGradients<Cell, T> {
           pack_row(p.w_hr + k * H, H, first_column(H, panel), static_cast<int>(nr),
                    s.w_hr + panel * column_panel_size(P) + k * nr * kLanes);
     zero(s.zeros, max(ld_h, ld_p));
-    if (projected) zero(s.dh_raw, N * ld_h);  // the padding past the last vector is read, never written
-    load_state(p.h0, P, s.h0, 0, N);
-    load_state(p.dh_n, P, s.dh, 0, N);
-    if (Cell::kHasCell) load_state(p.c0, H, s.c0, 0, N), load_state(p.dc_n, H, s.dc, 0, N);
-    const bool weights = p.dw_ih || p.dw_hh || p.db_ih || p.db_hh;
     if (p.plan.packed) {
       const int64_t width = gate_panels * kPanelWidth;
       if (p.dw_ih) zero(s.dw_ih, I * width);
@@ -287,6 +281,30 @@ struct SequenceBackward : WeightGradients<Cell, T> {
     if (p.dw_hr) zero(s.dw_hr, P * ld_h);
     pack_vectors(s.vectors);
     zero(s.dvectors, kVectors * ld_h);
+  }
+  void store_sums(const Scratch& s) const {
+    if (p.plan.packed) {
+      unpack_gates(s.dw_ih, I, Cell::kInputGates, p.dw_ih);
+      unpack_gates(s.dw_hh, P, Cell::kRecurrentGates, p.dw_hh);
+      if (Cell::kNorms == 0) {
+        unpack_gates(s.db_ih, 1, Cell::kInputGates, p.db_ih);
+        unpack_gates(Cell::kInput == Cell::kRecurrent ? s.db_ih : s.db_hh, 1, Cell::kRecurrentGates, p.db_hh);
+      }
+    }
+    each_vector(p.dw_ch, p.dw_ln, p.db_ih, p.db_hh, [&](int k, T* to) { copy(to, s.dvectors + k * ld_h, H); });
+    if (p.dw_hr)
+      for (int64_t i = 0; i < P; ++i) copy(p.dw_hr + i * H, s.dw_hr + i * ld_h, H);
+  }
+
+  void run() const {
+    const Scratch s(*this, p.scratch);
+    const int threads = p.plan.threads;
+    if (p.is_first_part) start(s);
+    if (projected) zero(s.dh_raw, N * ld_h);  // the padding past the last vector is read, never written
+    load_state(p.h0, P, s.h0, 0, N);
+    load_state(p.dh_n, P, s.dh, 0, N);
+    if (Cell::kHasCell) load_state(p.c0, H, s.c0, 0, N), load_state(p.dc_n, H, s.dc, 0, N);
+    const bool weights = p.dw_ih || p.dw_hh || p.db_ih || p.db_hh;
     if (p.recurrent_mask) load_state(p.recurrent_mask, P, s.mask, 0, N);
 
     for (int64_t s1 = T_; s1 > 0;) {
@@ -330,17 +348,7 @@ struct SequenceBackward : WeightGradients<Cell, T> {
 
     store_state(s.dh, P, p.dh0, 0, N);
     if (Cell::kHasCell) store_state(s.dc, H, p.dc0, 0, N);
-    if (p.plan.packed) {
-      unpack_gates(s.dw_ih, I, Cell::kInputGates, p.dw_ih);
-      unpack_gates(s.dw_hh, P, Cell::kRecurrentGates, p.dw_hh);
-      if (Cell::kNorms == 0) {
-        unpack_gates(s.db_ih, 1, Cell::kInputGates, p.db_ih);
-        unpack_gates(Cell::kInput == Cell::kRecurrent ? s.db_ih : s.db_hh, 1, Cell::kRecurrentGates, p.db_hh);
-      }
-    }
-    each_vector(p.dw_ch, p.dw_ln, p.db_ih, p.db_hh, [&](int k, T* to) { copy(to, s.dvectors + k * ld_h, H); });
-    if (p.dw_hr)
-      for (int64_t i = 0; i < P; ++i) copy(p.dw_hr + i * H, s.dw_hr + i * ld_h, H);
+    if (p.is_last_part) store_sums(s);
   }
 };
 

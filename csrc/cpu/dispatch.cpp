@@ -43,6 +43,7 @@ const DriverTable* best() {
 }
 
 std::atomic<const DriverTable*> current{nullptr};
+const DriverTable* added = nullptr;
 
 }  // namespace
 
@@ -72,7 +73,15 @@ bool set_isa(const char* name) {
       current.store(&all[i].table(), std::memory_order_release);
       return true;
     }
+  if (added && !std::strcmp(added->isa, name)) {
+    current.store(added, std::memory_order_release);
+    return true;
+  }
   return false;
+}
+
+void add_drivers(const DriverTable* table) {
+  added = table;
 }
 
 Plan make_plan(const Sizes& size, const CellInfo& cell, int threads, bool backward) {
@@ -90,9 +99,11 @@ Plan make_plan(const Sizes& size, const CellInfo& cell, int threads, bool backwa
   const double gate_rows = static_cast<double>(cell.gates) * static_cast<double>(size.H);
   const double step_work = gate_rows * static_cast<double>(size.P) * static_cast<double>(size.N);
   const double weights = gate_rows * static_cast<double>(size.I + size.P);
+  const int64_t rows = backward ? kBackwardRows : kForwardRows;
   Plan plan{};
+  plan.chunk_steps = std::clamp<int64_t>(rows / std::max<int64_t>(size.N, 1), 1, std::max<int64_t>(size.T, 1));
+  plan.packed = size.R > kInPlaceRows || plan.chunk_steps < size.T;  // few rows in place are one chunk
   plan.schedule = Schedule::kOneThread;
-  plan.packed = size.R > kInPlaceRows;
   plan.threads = std::clamp(threads, 1, 256);
   const double products = static_cast<double>(size.R) * weights / (size.N < 4 ? kSingleRate : kFullRate);
   const double time = (products + weights * (plan.packed ? kPackTime : kReadTime)) * (backward ? 2 : 1);
@@ -106,8 +117,6 @@ Plan make_plan(const Sizes& size, const CellInfo& cell, int threads, bool backwa
     else if (size.N > 1)
       plan.schedule = Schedule::kBatch;
   }
-  const int64_t rows = backward ? kBackwardRows : kForwardRows;
-  plan.chunk_steps = std::clamp<int64_t>(rows / std::max<int64_t>(size.N, 1), 1, std::max<int64_t>(size.T, 1));
   return plan;
 }
 

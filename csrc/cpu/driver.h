@@ -27,9 +27,10 @@ Driver<T> make_driver() {
 template <typename Cell>
 inline void add_cell(DriverTable& table) {
   const int i = table.num_cells++;
-  table.cells[i] = {Cell::kName,      Cell::kSource,    Cell::kGates,
-                    Cell::kSlots,     Cell::kHasCell,   Cell::kHidden == Hidden::kSaved,
-                    Cell::kLateGates, Cell::kPeepholes, Cell::kNorms ? 2 * (Cell::kGates + Cell::kHasCell) : 0};
+  table.cells[i] = {Cell::kName,       Cell::kSource,    Cell::kGates,
+                    Cell::kSlots,      Cell::kHasCell,   Cell::kHidden == Hidden::kSaved,
+                    Cell::kLateGates,  Cell::kPeepholes, Cell::kNorms ? 2 * (Cell::kGates + Cell::kHasCell) : 0,
+                    Cell::kHasResident};
   table.f32[i] = make_driver<Cell, float>();
   table.f64[i] = make_driver<Cell, double>();
 }

@@ -223,7 +223,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
     const int64_t t = time(step);
     const T* h_prev = s.h[step % 2] + j * ld_p;
     T* h_next = projected ? s.h_raw + j * ld_h : s.h[(step + 1) % 2] + j * ld_p;
-    T* output = projected ? nullptr : outside(p.output, t, j);
+    T* output = projected || !p.output.data ? nullptr : outside(p.output, t, j);
     T* hidden = projected || !p.training || !p.hidden ? nullptr : p.hidden + row(t, j) * ld_p;
     T* cell = Cell::kHasCell ? s.c + j * ld_h : nullptr;
     T* all_c = Cell::kHasCell && p.all_c.data ? outside(p.all_c, t, j) : nullptr;
@@ -283,7 +283,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
     const int64_t first = first_column(P, panel0), end = min(first_column(P, panel1), ld_p);
     for (int64_t j = j0; j < last; ++j) {
       const T* h = s.h[(step + 1) % 2] + j * ld_p;
-      copy(outside(p.output, t, j) + first, h + first, min(end, P) - first);
+      if (p.output.data) copy(outside(p.output, t, j) + first, h + first, min(end, P) - first);
       if (p.training) copy(p.hidden + row(t, j) * ld_p + first, h + first, end - first);
     }
   }
@@ -324,8 +324,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
     store_last_state(s, j0, j1);
   }
 
-  void run() const {
-    const Scratch s(*this, p.scratch);
+  void pack_weights(const Scratch& s) const {
     if (p.plan.packed) {
       pack_gates(p.w_ih, I, Cell::kInputGates, s.w_ih);
       pack_gates(p.w_hh, P, Cell::kRecurrentGates, s.w_hh, kEarlyGates);
@@ -334,7 +333,11 @@ struct SequenceForward : SequenceLayout<Cell, T> {
     if (projected) pack_projection(p.w_hr, s.w_hr);
     pack_bias(s.bias);
     pack_vectors(s.vectors);
+  }
 
+  void run() const {
+    const Scratch s(*this, p.scratch);
+    if (p.is_first_part) pack_weights(s);
     if (p.plan.schedule == Schedule::kUnits)
       all_steps(s, 0, N, [this](int64_t n, auto body) { this->parallel(n, body); });
     else

@@ -129,13 +129,13 @@ struct SequenceLayout {
     if (p.is_packed) return rows.data + (p.first_row[t] + j) * rows.row;
     return rows.data + t * rows.step + position(j) * rows.row;
   }
-  int64_t row(int64_t t, int64_t j) const { return p.first_row[t] + j; }
+  int64_t row(int64_t t, int64_t j) const { return p.first_row[t] - p.first_row[0] + j; }
   int64_t time(int64_t s) const { return p.reverse ? T_ - 1 - s : s; }
   // The state before step t is zero by a reset: a boundary between two steps of the sequence, or before its first.
   bool is_reset(int64_t t, int64_t j) const {
     if (!p.resets) return false;
     const int64_t boundary = p.reverse ? t + 1 : t;
-    return boundary < T_ && j < p.active[boundary] && p.resets[boundary * N + position(j)];
+    return boundary < T_ + p.has_step_after && j < p.active[boundary] && p.resets[boundary * N + position(j)];
   }
 
   template <typename F>

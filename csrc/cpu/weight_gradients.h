@@ -171,7 +171,7 @@ struct WeightGradients : SequenceLayout<Cell, T> {
   }
 
   T* chunk_gates(const Scratch& s, int64_t t0, int64_t t, int64_t j) const {
-    return s.dgates + (row(t, j) - p.first_row[t0]) * gate_row;
+    return s.dgates + (row(t, j) - row(t0, 0)) * gate_row;
   }
 
   // body(r, n, t[], j[]) on batches of at most `most` rows of the chunk [t0, t1) inside [begin, end), r from its first.
@@ -225,7 +225,7 @@ struct WeightGradients : SequenceLayout<Cell, T> {
         copy(outside(p.h_prev, t[i], j[i]), recurrent_input(s, t[i], j[i], buffer), P);
         if (!projected) continue;
         copy(outside(p.dprojected, t[i], j[i]), s.dprojected + (r + i) * ld_p, P);
-        copy(outside(p.h_raw, t[i], j[i]), recompute_hidden(p.first_row[t0] + r + i, 0, unit_vectors, buffer), H);
+        copy(outside(p.h_raw, t[i], j[i]), recompute_hidden(row(t0, r + i), 0, unit_vectors, buffer), H);
       }
     });
   }
@@ -340,7 +340,7 @@ struct WeightGradients : SequenceLayout<Cell, T> {
       for (int64_t r = 0; r < rows; r += kPanelRows) {
         const int64_t n = min(kPanelRows, rows - r);
         for (int64_t i = 0; i < n; ++i)
-          copy(buffer + i * nr * kLanes, recompute_hidden(p.first_row[t0] + r + i, v0, v0 + nr, hidden) + v0 * kLanes,
+          copy(buffer + i * nr * kLanes, recompute_hidden(row(t0, r + i), v0, v0 + nr, hidden) + v0 * kLanes,
                nr * kLanes);
         accumulate(s, 0, P, s.dproj_t + r, n, nr, buffer, s.dw_hr + v0 * kLanes, ld_h);
       }
@@ -355,7 +355,7 @@ struct WeightGradients : SequenceLayout<Cell, T> {
       for (int64_t v = v0; v < v1; ++v) {
         V sum[kVectors] = {};
         for (int64_t i = 0; i < n; ++i) {
-          const T* gates = p.gates + (p.first_row[t0] + r + i) * gate_row;
+          const T* gates = p.gates + row(t0, r + i) * gate_row;
           V slot[kSlots], dslot[kSlots];
 #pragma GCC unroll 16
           for (int q = 0; q < kSlots; ++q) {
