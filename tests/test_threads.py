@@ -142,6 +142,7 @@ class Sums(torch.utils.data.Dataset):
 
 @needs_fork
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:os.fork.. was called:RuntimeWarning")  # JAX's, where another test imported it
 @pytest.mark.parametrize("layer", LAYERS)
 def test_forked_worker_after_the_parent_used_the_kernels(layer):
     """A DataLoader worker computes with the module that its parent has used on two threads."""
