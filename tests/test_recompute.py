@@ -92,7 +92,7 @@ def test_tokens(cell):
 @pytest.mark.parametrize("members", [1, 2])
 def test_stacked_weights(cell, members):
     call = Case(cell, T=T, N=70 * members, H=H, resets=True).call()
-    for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_ch"):
+    for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_ch", "weight_ln"):
         if name in call.tensors:
             call.tensors[name] = torch.stack([call.tensors[name] * (1 + e) for e in range(members)])
     assert_same_with(call)

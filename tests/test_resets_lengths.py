@@ -341,7 +341,7 @@ def test_only_cells_with_c_have_it(cell):
         call = Case(cell).call()
         saved = forward(*call.everything())[3:]
         with pytest.raises(ValueError, match=r"grad_all_c.*no second state"):
-            backward(None, None, None, *call.everything(), *saved, [True] * 9, torch.ones(4, 3, 5, dtype=F64))
+            backward(None, None, None, *call.everything(), *saved, [True] * 10, torch.ones(4, 3, 5, dtype=F64))
 
 
 @settings(max_examples=10)
