@@ -224,13 +224,19 @@ def test_packed_by_hand(layer):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_autocast(layer, kind, default_device):
-    """The dtypes that torch.nn gives, and parameter gradients in the parameters' own."""
+    """The dtypes that torch.nn gives, and parameter gradients in the parameters' own.
+
+    torch's own fused LSTM fails on processors without bfloat16 products: there only ours is run.
+    """
     theirs, ours = pair(layer, num_layers=2)
     x, state = make_input(kind, theirs), make_state(kind, theirs)
     exact = evaluate_module(theirs, x, state)
+    torch_fails = layer == "lstm" and default_device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     with torch.autocast(default_device, dtype=LOW_OF[default_device]):
-        assert_same_structure(theirs(x, state), ours(x, state))
-        assert_same_structure(theirs(x), ours(x))
+        for arguments in ((x, state), (x,)):
+            result = ours(*arguments)
+            if not torch_fails:
+                assert_same_structure(theirs(*arguments), result)
         results = evaluate_module(ours, x, state)
     for name, want in exact.items():
         tolerance = 0.05 * max(1.0, want.abs().max().item())

@@ -309,7 +309,7 @@ def test_rows_of_a_packed_batch_that_overflow(cell):
 
 NUM_GRADS = 3
 BACKWARD_NAMES = ["grad_output", "grad_h_n", "grad_c_n", *TENSORS[:8], "batch_sizes", "lengths", "resets", "reverse"]
-BACKWARD_NAMES += ["weight_ch", *MASKS, "weight_ln", "gates", "cells", "hidden", "needs"]
+BACKWARD_NAMES += ["weight_ch", *MASKS, "weight_ln", "recompute", "gates", "cells", "hidden", "needs"]
 
 
 def test_backward_op_accepts_its_own_arguments(cell):

@@ -113,7 +113,7 @@ def test_backward_factors_with_all_c(kernel, name, batch):
 
 def check_factors(cell, call, **options) -> None:
     arguments = backward_arguments(call)
-    *states, w_ih, w_hh, b_ih, b_hh, w_hr, _ = backward_op(cell)(*arguments, **options)
+    *states, w_ih, w_hh, b_ih, b_hh, w_hr, _, _ = backward_op(cell)(*arguments, **options)
     *same_states, dgates_ih, dgates_hh, h_prev, dprojected, h_raw = getattr(
         torch.ops.rnnfast, f"_{cell}_backward_factors"
     )(*arguments, **options)

@@ -195,6 +195,8 @@ TRANSFORMS = {
 def test_transform(module, transform, dtype):
     """Every transform of every module agrees with plain calls of the same module."""
     type_, tolerance = DTYPES[dtype]
+    if dtype == "bfloat16" and module.endswith("-norm"):
+        tolerance *= 4  # the reference rounds each product to it, and the division by its spread multiplies that
     have, want = TRANSFORMS[transform](Subject(module, type_))
     flat_have, flat_want = (torch.utils._pytree.tree_leaves(tree) for tree in (have, want))
     assert len(flat_have) == len(flat_want) > 0

@@ -59,6 +59,15 @@ void add_cell(DriverTable& table) {
   table.bf16[i] = emulated_driver<Cell, float, BFloat16>();
 }
 
+DriverTable make_table() {
+  DriverTable table{};
+  table.isa = "cuda_emulation";
+#define RNNFAST_ADD_CELL(Cell) add_cell<Cell>(table);
+  RNNFAST_FOR_EACH_CELL(RNNFAST_ADD_CELL)
+#undef RNNFAST_ADD_CELL
+  return table;
+}
+
 }  // namespace
 }  // namespace rnnfast
 
@@ -66,14 +75,7 @@ using rnnfast::emulated::emulation::machine;
 
 extern "C" {
 const rnnfast::DriverTable* emulated_table() {
-  static const rnnfast::DriverTable table = [] {
-    rnnfast::DriverTable t{};
-    t.isa = "cuda_emulation";
-#define RNNFAST_ADD_CELL(Cell) rnnfast::add_cell<rnnfast::Cell>(t);
-    RNNFAST_FOR_EACH_CELL(RNNFAST_ADD_CELL)
-#undef RNNFAST_ADD_CELL
-    return t;
-  }();
+  static const rnnfast::DriverTable table = rnnfast::make_table();
   return &table;
 }
 // The device that is played, the order of threads, and the number of a barrier to leave out (-1: none).
