@@ -1,5 +1,5 @@
 // One call of an operator, on the CPU or a CUDA device: the one set of checks, the layout of its rows, allocation and
-// the struct for the driver. at::Tensor ends in call.cpp.
+// the struct for the driver. at::Tensor ends in call.cpp; the checks are in checks.cpp.
 #pragma once
 
 #include <ATen/ATen.h>

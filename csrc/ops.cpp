@@ -4,9 +4,9 @@
 // what backward needs), `_<cell>_backward` and `_<cell>_backward_factors` (per-sample gradients are made from these;
 // not for cells with late gates, peepholes or norms, whose gradients are not such products).
 // One call is one layer in one direction over all steps. A cell with c has the first two once more, `<cell>_all_c` and
-// `_<cell>_all_c_forward`, which also return c of all steps. Checks and allocation are in call.cpp, those of stacked
-// weights in members.cpp. Fake kernels, the double backward and torch.func's transforms are registered from Python
-// (ops.py).
+// `_<cell>_all_c_forward`, which also return c of all steps. Checks are in checks.cpp, allocation in call.cpp, that of
+// stacked weights in members.cpp. Fake kernels, the double backward and torch.func's transforms are registered from
+// Python (ops.py).
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/csrc/autograd/custom_function.h>

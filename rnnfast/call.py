@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast.options import GRU_OP, KERNELS, LSTM_OP, Layer, Op, extra_name, kind_of, zoneouts_of
+from rnnfast.options import GRU_OP, KERNELS, LSTM_OP, Layer, Op, cell_of, extra_name, kind_of, zoneouts_of
 
 any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
@@ -218,7 +218,7 @@ def _extras(layer: Layer, d: int, steps: Tensor, batch_sizes: Tensor | None, wei
 
 def _extra_weights(layer: Layer, d: int) -> tuple[Tensor | None, Tensor | None]:
     """The op's weight_ch and weight_ln of direction ``d`` of all."""
-    shapes = KERNELS[layer._variant or layer.mode].extra_shapes(layer.hidden_size)
+    shapes = KERNELS[cell_of(layer)].extra_shapes(layer.hidden_size)
     found: list[Tensor] = []
     for name, size in shapes.items():
         if name == "bias_ln_c" and not layer.bias:

@@ -29,6 +29,7 @@ layers = importlib.import_module("layers")
 language_model = importlib.import_module("language_model")
 features = importlib.import_module("features")
 heads = importlib.import_module("heads")
+latency = importlib.import_module("latency")
 memory = importlib.import_module("memory")
 readme_table = importlib.import_module("readme_table")
 scaling = importlib.import_module("scaling")
@@ -325,7 +326,9 @@ def test_no_time_for_a_wrong_result(monkeypatch, tmp_path, capsys):
 # Arguments
 
 
-@pytest.mark.parametrize("script", [layers, language_model, features, heads, memory, readme_table, scaling, transforms])
+@pytest.mark.parametrize(
+    "script", [layers, language_model, features, heads, latency, memory, readme_table, scaling, transforms]
+)
 def test_help(script, capsys):
     with pytest.raises(SystemExit) as status:
         script.main(["--help"])
@@ -345,6 +348,7 @@ def test_help(script, capsys):
         (layers, ["--output", __file__], "cannot be written"),
         (features, ["--cells", "gur"], "no cell 'gur'; choose from"),
         (features, ["--output", __file__], "cannot be written"),
+        (latency, ["--cells", "gur"], "invalid choice: 'gur'"),
         (heads, ["--cells", "gur"], "no cell 'gur'; choose from"),
         (heads, ["--questions", "why"], "invalid choice: 'why'"),
         (heads, ["--output", __file__], "cannot be written"),
@@ -528,6 +532,25 @@ def test_features_gives_no_time_for_a_wrong_result(monkeypatch, tmp_path, capsys
     captured = capsys.readouterr()
     rows = 4 + len(features.OPTIONS["GRU"])
     assert "wrong: differs by" in captured.out and f"1 of {rows} rows have wrong results" in captured.err
+
+
+def test_latency_from_end_to_end(tmp_path):
+    arguments = ("--quick", "--cells", "rnn", "lstm", "--seconds", "0.01", "--threads", "1", "--output", tmp_path)
+    done = run("latency.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "latency-cpu-float32-1t.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    ways = ["module", "cell", "decoder", *([] if "skipped onnx" in done.stderr else ["onnx"])]
+    every = [(cell, str(size), way) for cell in ("rnn_tanh", "lstm") for size in latency.QUICK_SIZES for way in ways]
+    assert [(row["cell"], row["H"], row["way"]) for row in rows] == every
+    assert all(row["status"] == "ok" and float(row["us"]) > 0 for row in rows)
+
+
+def test_latency_gives_no_time_for_a_wrong_result(monkeypatch, capsys):
+    monkeypatch.setattr(latency.rnnfast.Decoder, "step", lambda self, x: x + 1)
+    assert latency.main(["--quick", "--cells", "gru", "--seconds", "0.01", "--threads", "1"]) == 1
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert all(("differs" in row) == (row[2] == "decoder") for row in rows[1:])
 
 
 def test_transforms_from_end_to_end(tmp_path):
