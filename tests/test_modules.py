@@ -292,9 +292,9 @@ def test_autocast_on_cuda(low, monkeypatch):
     )
     for mode, proj_size, stepwise in itertools.product(["RNN_TANH", "RNN", "GRU", "LSTM"], [0, 3], [False, True]):
         for states in ((None, None), (h, c)):
-            assert rnnfast.modules._autocast_dtypes(mode, proj_size, stepwise, x, *states) == (low, None)
+            assert rnnfast.call.autocast_dtypes(mode, proj_size, stepwise, x, *states) == (low, None)
     x.dtype = torch.float64
-    assert rnnfast.modules._autocast_dtypes("GRU", 0, False, x, None, None) == (None, None)
+    assert rnnfast.call.autocast_dtypes("GRU", 0, False, x, None, None) == (None, None)
 
 
 @pytest.mark.parametrize("kind", ["batched", "packed_unsorted"])
