@@ -71,7 +71,7 @@ class RNN(torch.nn.RNN):
         recurrent_dropout: probability of dropping a unit of h where it enters the recurrent product, in training, by
             one mask for all steps of a sequence, a new one at each call (Gal and Ghahramani, arXiv:1512.05287, 2016).
         recompute: save the state between parts of the sequence only, and in the backward pass run each part's forward
-            again: the same numbers for less memory and a quarter to a third more time. On the CPU.
+            again: the same numbers for less memory and about a third more time. On the CPU.
 
     Call with input ``[T, N, I]``, ``[T, I]`` or a PackedSequence, and hx ``[L*D, N, H]`` (``[L*D, H]`` for 2-D input)
     or None for zeros. Gives output ``[T, N, D*H]`` (``[T, D*H]``; a PackedSequence) and h_n in the shape of hx.
@@ -183,7 +183,7 @@ class GRU(torch.nn.GRU):
         recurrent_dropout: probability of dropping a unit of h where it enters a recurrent product, in training, by one
             mask for all steps of a sequence, a new one at each call (Gal and Ghahramani, arXiv:1512.05287, 2016).
         recompute: save the state between parts of the sequence only, and in the backward pass run each part's forward
-            again: the same numbers for less memory and a quarter to a third more time. On the CPU.
+            again: the same numbers for less memory and about a third more time. On the CPU.
 
     Call with input ``[T, N, I]``, ``[T, I]`` or a PackedSequence, and hx ``[L*D, N, H]`` (``[L*D, H]`` for 2-D input)
     or None for zeros. Gives output ``[T, N, D*H]`` (``[T, D*H]``; a PackedSequence) and h_n in the shape of hx.
@@ -318,7 +318,7 @@ class LSTM(torch.nn.LSTM):
         recurrent_dropout: probability of dropping a unit of h where it enters the recurrent product, in training, by
             one mask for all steps of a sequence, a new one at each call (Gal and Ghahramani, arXiv:1512.05287, 2016).
         recompute: save the state between parts of the sequence only, and in the backward pass run each part's forward
-            again: the same numbers for less memory and a quarter to a third more time. On the CPU.
+            again: the same numbers for less memory and about a third more time. On the CPU.
 
     Call with input ``[T, N, I]``, ``[T, I]`` or a PackedSequence, and hx a pair (h_0 ``[L*D, N, P]``, c_0
     ``[L*D, N, H]``), without ``N`` for 2-D input, or None for zeros. Gives output ``[T, N, D*P]`` (``[T, D*P]``; a
