@@ -492,7 +492,7 @@ void Call::dispatch(const Run& run) const {
 }
 
 int64_t Call::part_steps() const {
-  // Few steps keep little, but each part must have rows for its products. ops.py computes it too.
+  // Few steps keep little, but each part must have rows for its products. registrations.py computes it too.
   constexpr int64_t kSteps = 8, kRows = 512;
   return std::max(kSteps, kRows / std::max<int64_t>(size_.N, 1));
 }

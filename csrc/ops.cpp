@@ -6,7 +6,7 @@
 // One call is one layer in one direction over all steps. A cell with c has the first two once more, `<cell>_all_c` and
 // `_<cell>_all_c_forward`, which also return c of all steps. Checks are in checks.cpp, allocation in call.cpp, that of
 // stacked weights in members.cpp. Fake kernels, the double backward and torch.func's transforms are registered from
-// Python (ops.py).
+// Python (registrations.py).
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -129,7 +129,7 @@ class Autograd : public torch::autograd::Function<Autograd> {
                          ctx->saved_data["recompute"].toBool(), saved[11], saved[12], saved[13], needs,
                          grad.size() > 3 ? maybe(grad[3]) : std::nullopt);
     };
-    // With create_graph the call is itself differentiable (ops.py); else autograd is skipped.
+    // With create_graph the call is itself differentiable (registrations.py); else autograd is skipped.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below;
     if (!at::GradMode::is_enabled()) below.emplace();
     const Gradients gradients = call();

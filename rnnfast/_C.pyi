@@ -31,6 +31,9 @@ def set_isa(name: str) -> None:
     machine lacks.
     """
 
+def _add_drivers(table: int) -> None:
+    """Make another set of kernels known to :func:`set_isa`, by the address of its DriverTable (``csrc/sequence.h``)."""
+
 def explain(
     cell: str,
     T: int,

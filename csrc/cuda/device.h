@@ -7,6 +7,24 @@
 
 #include "../sequence.h"
 
+namespace rnnfast {
+inline namespace RNNFAST_ISA {
+
+// How a kernel runs. `barriers`: it uses some (for the emulation, which runs threads one after the other where none
+// waits for another). cluster: blocks of a cluster, or 0. cooperative: all blocks must run at once.
+struct Launch {
+  int64_t blocks;
+  int threads;
+  void* stream;
+  int64_t shared_bytes = 0;
+  bool barriers = false;
+  int cluster = 0;
+  bool cooperative = false;
+};
+
+}  // namespace RNNFAST_ISA
+}  // namespace rnnfast
+
 #ifdef __CUDACC__
 
 #include <cuda_fp16.h>
@@ -128,18 +146,6 @@ inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess)
     throw std::runtime_error(std::string("rnnfast: ") + what + ": " + cudaGetErrorString(error));
 }
-
-// How a kernel runs. `barriers`: it uses some (for the emulation, which runs threads one after the other where none
-// waits for another). cluster: blocks of a cluster, or 0. cooperative: all blocks must run at once.
-struct Launch {
-  int64_t blocks;
-  int threads;
-  void* stream;
-  int64_t shared_bytes = 0;
-  bool barriers = false;
-  int cluster = 0;
-  bool cooperative = false;
-};
 
 template <typename Params>
 void launch(const Launch& how, void (*kernel)(Params), const Params& params) {

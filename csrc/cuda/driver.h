@@ -10,14 +10,10 @@
 namespace rnnfast {
 inline namespace RNNFAST_ISA {
 
-// The cells that have resident kernels: torch.nn's. Each is many kernels to compile.
-template <typename Cell>
-constexpr bool kHasResident = Cell::kHasResident;
-
 template <typename Cell, typename T, typename E>
 DevicePlan plan_of(const SequenceParams<T, E>& p, bool backward) {
   const Device& d = p.device;
-  return make_device_plan({p.size, Cell::kGates, Cell::kSlots, kHasResident<Cell>, p.w_hr != nullptr, backward,
+  return make_device_plan({p.size, Cell::kGates, Cell::kSlots, Cell::kHasResident, p.w_hr != nullptr, backward,
                            static_cast<int>(sizeof(E)), static_cast<int>(sizeof(T)), d.capability, d.multiprocessors,
                            d.block_memory, d.tf32});
 }
@@ -42,7 +38,7 @@ struct DeviceDriver : DeviceSequence<Cell, T, E> {
   // Steps [step0, step1) of all sequences by the resident kernel, as many groups at once as the plan says.
   template <bool kBackward>
   void run_resident(int64_t step0, int64_t step1) const {
-    if constexpr (sizeof(T) == 4 && kHasResident<Cell>) {
+    if constexpr (sizeof(T) == 4 && Cell::kHasResident) {
       const int rows = (kBackward ? 1 : Cell::kGates) * plan.units;
       ResidentParams<T, E> params{
           this->p, this->s, plan, ResidentMemory(plan, rows, Cell::kSlots, sizeof(E), kBackward),

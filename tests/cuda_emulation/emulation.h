@@ -250,16 +250,6 @@ void tile_product(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
   emulation::meet(meeting, emulation::kWarp);
 }
 
-struct Launch {
-  int64_t blocks;
-  int threads;
-  void* stream;
-  int64_t shared_bytes = 0;
-  bool barriers = false;
-  int cluster = 0;
-  bool cooperative = false;
-};
-
 template <typename Params>
 void launch(const Launch& how, void (*kernel)(Params), const Params& params) {
   auto& m = emulation::machine();
