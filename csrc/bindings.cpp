@@ -99,9 +99,9 @@ void explain_cuda(py::dict d, const CellInfo& cell, const Sizes& size, at::Scala
     const int bytes = static_cast<int>(c10::elementSize(element));
     const DevicePlan plan = make_device_plan({size, cell.gates, cell.slots, cell.has_resident, size.P != size.H,
                                               backward, bytes, std::max(bytes, 4), device.capability,
-                                              device.multiprocessors, device.block_memory, device.tf32});
+                                              device.multiprocessors, device.block_memory, device.tf32, true});
     const auto set = [&](const char* name, auto value) { d[py::str(prefix + name)] = value; };
-    set("kernel", plan.resident ? "resident" : "per_step");
+    set("kernel", plan.streamed ? "streamed" : plan.resident ? "resident" : "per_step");
     set("reason", plan.reason);
     if (!plan.resident) return;
     set("tensor_cores", plan.tensor_cores), set("cluster", plan.cluster);

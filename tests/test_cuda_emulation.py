@@ -37,12 +37,15 @@ class Device:
     tf32: bool = False
 
 
-# Clusters; blocks that all run at once; few and small multiprocessors, so that groups follow each other in two launches
-# and the weights are shared out to many blocks; one without resident kernels.
+# A block that holds all weights; with less memory than the real ones, so that small layers too are shared out to several
+# blocks: clusters, blocks that all run at once, and so few multiprocessors that groups follow each other in two
+# launches; weights that fit nowhere and are streamed; one without such kernels.
 DEVICES = {
-    "hopper": Device(),
-    "ampere": Device(80, 108, 163 * 1024),
-    "small": Device(86, 4, 32 * 1024),
+    "roomy": Device(),
+    "hopper": Device(block_memory=44 * 1024),
+    "ampere": Device(80, 108, 44 * 1024),
+    "small": Device(86, 8, 32 * 1024),
+    "tiny": Device(block_memory=26 * 1024),
     "turing": Device(75, 40, 64 * 1024),
 }
 
@@ -141,14 +144,14 @@ def test_agrees_in_float32(emulation, name, played, data):
 RESIDENT = {
     "plain": Case("", T=5, N=3, I=3, H=20),
     "two_tiles": Case("", T=4, N=11, I=3, H=33),
-    "groups": Case("", T=4, N=40, I=3, H=17),
+    "groups": Case("", T=4, N=20, I=3, H=40),
     "no_state_no_bias": Case("", T=4, N=2, I=3, H=16, h0=False, c0=False, bias=False),
-    "reverse": Case("", T=5, N=3, I=3, H=20, reverse=True),
-    "packed": Case("", T=5, N=3, I=3, H=20, kind="packed", lengths=(5, 3, 1)),
-    "packed_reverse": Case("", T=5, N=3, I=3, H=20, kind="packed", lengths=(5, 3, 1), reverse=True),
-    "lengths_resets": Case("", T=5, N=4, I=3, H=20, lengths=(2, 0, 5, 3), resets=True),
-    "lengths_resets_reverse": Case("", T=5, N=4, I=3, H=20, lengths=(2, 0, 5, 3), resets=True, reverse=True),
-    "masks": Case("", T=5, N=4, I=3, H=20, lengths=(2, 0, 5, 3), resets=True, masks=frozenset(MASKS)),
+    "reverse": Case("", T=5, N=3, I=3, H=40, reverse=True),
+    "packed": Case("", T=5, N=3, I=3, H=40, kind="packed", lengths=(5, 3, 1)),
+    "packed_reverse": Case("", T=5, N=3, I=3, H=40, kind="packed", lengths=(5, 3, 1), reverse=True),
+    "lengths_resets": Case("", T=5, N=4, I=3, H=40, lengths=(2, 0, 5, 3), resets=True),
+    "lengths_resets_reverse": Case("", T=5, N=4, I=3, H=40, lengths=(2, 0, 5, 3), resets=True, reverse=True),
+    "masks": Case("", T=5, N=4, I=3, H=40, lengths=(2, 0, 5, 3), resets=True, masks=frozenset(MASKS)),
 }
 
 
@@ -159,7 +162,7 @@ def resident_call(name: str, cell: str, dtype: torch.dtype) -> Call:
     return Case(**values).call(dtype).with_grad()
 
 
-@pytest.mark.parametrize("device", ["hopper", "ampere", "small"])
+@pytest.mark.parametrize("device", ["roomy", "hopper", "ampere", "small", "tiny"])
 @pytest.mark.parametrize("variant", RESIDENT)
 @pytest.mark.parametrize("name", TORCH_CELLS)
 def test_resident_kernels(emulation, name, variant, device):
@@ -175,7 +178,7 @@ def test_resident_kernels(emulation, name, variant, device):
 @pytest.mark.parametrize("variant", ["plain", "two_tiles", "masks"])
 def test_tensor_cores(emulation, name, dtype, variant):
     """Products by tiles of 16-bit numbers, and of float32 rounded to tf32."""
-    device = Device(tf32=dtype == "tf32")
+    device = Device(block_memory=(48 if dtype == "tf32" else 24) * 1024, tf32=dtype == "tf32")
     call = resident_call(variant, name, torch.float32 if dtype == "tf32" else dtype)
     exact = exact_results(call)
     emulation.play(device, seed=3)

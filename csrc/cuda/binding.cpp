@@ -3,6 +3,7 @@
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -41,7 +42,10 @@ Device describe_device(int index, at::ScalarType element) {
 }
 
 CudaDevice::CudaDevice(at::ScalarType element, Device& device) : element_(element) {
-  const Device described = describe_device(c10::cuda::current_device(), element);
+  const c10::DeviceIndex index = c10::cuda::current_device();
+  C10_CUDA_CHECK(
+      c10::cuda::SetDevice(index, true));  // cuBLAS wants a context, which autograd's thread may not have yet
+  const Device described = describe_device(index, element);
   stream_ = c10::cuda::getCurrentCUDAStream().stream();
   tf32_ = described.tf32;
 

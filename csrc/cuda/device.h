@@ -60,6 +60,11 @@ RNNFAST_FUNCTION uint32_t float_to_tf32(float x) {
   return bits;
 }
 
+// 1 / x to a unit in the last place, zero past 2^126.
+RNNFAST_FUNCTION float reciprocal(float x) {
+  return __fdividef(1.0f, x);
+}
+
 // The dynamic shared memory of the block, aligned to 16 bytes.
 RNNFAST_FUNCTION char* shared_memory() {
   extern __shared__ int4 memory[];
@@ -81,7 +86,7 @@ using Piece = uint4;  // 16 bytes
 
 // A load that sees what other blocks wrote before the last group barrier.
 template <typename V>
-RNNFAST_FUNCTION V load_shared_by_blocks(const V* p) {
+RNNFAST_FUNCTION V load_published(const V* p) {
   return __ldcg(p);
 }
 
@@ -89,36 +94,37 @@ template <int kNumber>
 RNNFAST_FUNCTION void block_barrier() {
   __syncthreads();
 }
+template <int kNumber>
+RNNFAST_FUNCTION void warp_barrier() {
+  __syncwarp();
+}
 
 // Barrier among the blocks of a group in two halves: what a block wrote before arrive, the others see after wait. A
-// group is a cluster, or any blocks that all run at once and count their arrivals in `arrived`, which starts at zero.
+// group is a cluster, or any blocks that all run at once; then each has a number in `arrived`, zero at first, which it
+// sets to the round (1, 2, ...) it has arrived at, and a block has at most kResidentThreads others.
 template <int kNumber>
-RNNFAST_FUNCTION void group_arrive(bool cluster, unsigned* arrived) {
+RNNFAST_FUNCTION void group_arrive(bool cluster, unsigned* own, unsigned round) {
   if (cluster) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
   } else {
     __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
-    }
+    if (threadIdx.x == 0) asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(own), "r"(round) : "memory");
   }
 }
 template <int kNumber>
-RNNFAST_FUNCTION void group_wait(bool cluster, unsigned* arrived, unsigned expected) {
+RNNFAST_FUNCTION void group_wait(bool cluster, const unsigned* arrived, int blocks, unsigned round) {
   if (cluster) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
   } else {
-    if (threadIdx.x == 0) {
+    if (static_cast<int>(threadIdx.x) < blocks) {
       unsigned now;
       do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
-      } while (static_cast<int>(now - expected) < 0);
-      __threadfence();
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived + threadIdx.x) : "memory");
+      } while (static_cast<int>(now - round) < 0);
     }
     __syncthreads();
   }

@@ -15,62 +15,80 @@ DevicePlan plan_of(const SequenceParams<T, E>& p, bool backward) {
   const Device& d = p.device;
   return make_device_plan({p.size, Cell::kGates, Cell::kSlots, Cell::kHasResident, p.w_hr != nullptr, backward,
                            static_cast<int>(sizeof(E)), static_cast<int>(sizeof(T)), d.capability, d.multiprocessors,
-                           d.block_memory, d.tf32});
+                           d.block_memory, d.tf32, Unit<Cell, T, E>::is_plain(p)});
 }
 
-// Both schedules, by the plan.
+// All schedules, by the plan.
 template <typename Cell, typename T, typename E>
 struct DeviceDriver : DeviceSequence<Cell, T, E> {
   using Base = DeviceSequence<Cell, T, E>;
   using Params = SequenceParams<T, E>;
+  using U = typename Base::U;
   const DevicePlan plan;
 
   DeviceDriver(const Params& params, bool backward) : Base(params), plan(plan_of<Cell>(params, backward)) {}
 
-  // Scratch: the counters of arrivals, then the arrays of State.
-  int64_t counters() const {
-    return plan.resident ? ceil_div(ceil_div(this->N, plan.sequences) * 4, 256) * 256 / static_cast<int64_t>(sizeof(T))
-                         : 0;
+  // Scratch: what the blocks of the resident schedule tell each other, then the arrays of State.
+  int64_t take_meeting(T* base, Meeting<E>& meeting) const {
+    if (!plan.resident) return 0;
+    const int64_t groups = ceil_div(this->N, plan.sequences);
+    meeting.size = groups * plan.sequences * plan.k;
+    DeviceArena<T> arena{base};
+    arena.take(meeting.arrived, groups * plan.blocks);
+    arena.take(meeting.published, 2 * meeting.size);
+    meeting.zeros = arena.used;
+    arena.take(meeting.weights, plan.streamed ? int64_t{plan.blocks} * plan.rows * plan.k : 0);
+    return arena.used;
   }
-  int64_t forward_scratch() { return counters() + this->take_forward(nullptr, this->chunk_steps()); }
-  int64_t backward_scratch() { return counters() + this->take_backward(nullptr); }
+  int64_t meeting_scratch() const {
+    Meeting<E> unused{};
+    return take_meeting(nullptr, unused);
+  }
+  int64_t forward_scratch() { return meeting_scratch() + this->take_forward(nullptr, this->chunk_steps()); }
+  int64_t backward_scratch() { return meeting_scratch() + this->take_backward(nullptr); }
 
   // Steps [step0, step1) of all sequences by the resident kernel, as many groups at once as the plan says.
   template <bool kBackward>
   void run_resident(int64_t step0, int64_t step1) const {
     if constexpr (sizeof(T) == 4 && Cell::kHasResident) {
-      const int rows = (kBackward ? 1 : Cell::kGates) * plan.units;
-      ResidentParams<T, E> params{
-          this->p, this->s, plan, ResidentMemory(plan, rows, Cell::kSlots, sizeof(E), kBackward),
-          step0,   step1,   0,    reinterpret_cast<unsigned*>(this->p.scratch)};
+      Meeting<E> meeting{};
+      take_meeting(this->p.scratch, meeting);
+      fill_zero(this->p.scratch, meeting.zeros * static_cast<int64_t>(sizeof(T)), this->p.device.stream);
+      const ResidentMemory memory(plan, Cell::kSlots, sizeof(E));
+      ResidentParams<T, E> params{this->p, this->s, plan, memory, step0, step1, 0, meeting};
       const int64_t groups = ceil_div(this->N, plan.sequences);
-      fill_zero(params.arrived, groups * 4, this->p.device.stream);
       for (int64_t group = 0; group < groups; group += plan.groups) {
         const int64_t now = groups - group < plan.groups ? groups - group : plan.groups;
         Launch how{now * plan.blocks, kResidentThreads, this->p.device.stream, plan.shared_bytes, true};
         how.cluster = plan.cluster ? plan.blocks : 0;
         how.cooperative = plan.blocks > 1 && !plan.cluster;
-        params.first_sequence = group * plan.sequences;
-        params.arrived = reinterpret_cast<unsigned*>(this->p.scratch) + group;
+        params.first_group = group;
         launch(how, resident_kernel_of<kBackward>(), params);
       }
     }
   }
   template <bool kBackward>
   auto resident_kernel_of() const {
-    const auto tiles = [&](auto tensor) {
-      return plan.sequences > kTileColumns ? resident_kernel<Cell, E, tensor.value, 2, kBackward>
-                                           : resident_kernel<Cell, E, tensor.value, 1, kBackward>;
+    void (*kernel)(ResidentParams<T, E>) = nullptr;
+    const auto offer = [&](auto plain, auto tensor, auto tiles) {
+      if constexpr (has_kernel(plain, tensor, tiles * kTileColumns))
+        if (U::is_plain(this->p) == plain && plan.tensor_cores == tensor && plan.sequences == tiles * kTileColumns)
+          kernel = resident_kernel<Cell, E, plain, tensor, tiles, kBackward>;
     };
-    if constexpr (sizeof(E) == 2)
-      return tiles(std::true_type{});
-    else
-      return plan.tensor_cores ? tiles(std::true_type{}) : tiles(std::false_type{});
+    const auto offer_tiles = [&](auto plain, auto tensor) {
+      offer(plain, tensor, std::integral_constant<int, 1>());
+      offer(plain, tensor, std::integral_constant<int, 2>());
+      offer(plain, tensor, std::integral_constant<int, 4>());
+    };
+    offer_tiles(std::true_type(), std::true_type()), offer_tiles(std::false_type(), std::true_type());
+    if constexpr (sizeof(E) == 4)
+      offer_tiles(std::true_type(), std::false_type()), offer_tiles(std::false_type(), std::false_type());
+    return kernel;
   }
 
   void forward() {
     const int64_t chunk = this->chunk_steps();
-    this->take_forward(this->p.scratch + counters(), chunk);
+    this->take_forward(this->p.scratch + meeting_scratch(), chunk);
     this->start_forward();
     for (int64_t s0 = 0; s0 < this->T_; s0 += chunk) {
       const int64_t s1 = s0 + chunk < this->T_ ? s0 + chunk : this->T_;
@@ -79,7 +97,7 @@ struct DeviceDriver : DeviceSequence<Cell, T, E> {
     }
   }
   void backward() {
-    this->take_backward(this->p.scratch + counters());
+    this->take_backward(this->p.scratch + meeting_scratch());
     this->start_backward();
     plan.resident ? run_resident<true>(0, this->T_) : this->backward_steps();
     this->finish_backward();

@@ -47,7 +47,7 @@ RNNFAST_FUNCTION E narrow(T x) {
 
 // 1 / (1 + e^-x)
 RNNFAST_FUNCTION float sigmoid(float x) {
-  return 1 / (1 + ::expf(-x));
+  return reciprocal(1 + ::expf(-x));
 }
 RNNFAST_FUNCTION double sigmoid(double x) {
   return 1 / (1 + ::exp(-x));

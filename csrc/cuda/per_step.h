@@ -53,6 +53,7 @@ struct Forward {
     if (!unit.has_step(t, n)) return;
     decltype(unit.mask(0, 0)) slot[U::kSlots];
     unit.input_slots(t, n, u, slot);
+    unit.add_bias(u, slot);
     unit.add_recurrent(n, u, slot, true);
     unit.forward(t, n, u, slot);
   }
@@ -276,7 +277,7 @@ struct DeviceSequence {
     arena.take(s.recurrent, N * width);
     arena.take(s.h, N * P);
     arena.take(s.c, Cell::kHasCell ? N * H : 0);
-    for (E*& one : s.fed) arena.take(one, N * P);
+    arena.take(s.fed, N * P);
     arena.take(s.late, kLate > 0 ? N * H : 0);
     arena.take(s.raw, is_projected() ? N * H : 0);
     arena.take(s.projected, is_projected() ? N * P : 0);
@@ -348,7 +349,7 @@ struct DeviceSequence {
   void forward_steps(int64_t s0, int64_t s1) const {
     for (int64_t i = s0; i < s1; ++i) {
       const int64_t t = time(i), n = active(t);
-      product(n, kEarly * H, P, s.fed[0], p.w_hh, s.recurrent);
+      product(n, kEarly * H, P, s.fed, p.w_hh, s.recurrent);
       if constexpr (kLate > 0) {
         step<FeedLate>(t, n, H);
         product(n, kLate * H, P, s.late, p.w_hh + kEarly * H * P, s.recurrent + N * kEarly * H);

@@ -1,10 +1,12 @@
 // How a call will run on a GPU: decided here, reported by _C.explain. Plain C++ on both sides; no torch, no CUDA.
 //
 // per_step   for each step a product outside and a kernel; serves everything.
-// resident   the recurrent weights stay in shared memory through all steps. A group of blocks takes some sequences;
-// each
-//            of its blocks owns some hidden units and holds their weights, and the group meets after each step.
+// resident   one kernel runs through all steps. A group of blocks takes some sequences; each of its blocks owns some
+//            hidden units and holds their recurrent weights in shared memory, and the group meets after each step.
+// streamed   the same where the weights do not fit: each step reads them once, from the cache of the whole chip.
 #pragma once
+
+#include <algorithm>
 
 #include "../sequence.h"
 
@@ -19,37 +21,48 @@ struct DeviceRequest {
   int capability, multiprocessors;
   int64_t block_memory;
   bool tf32;
+  bool plain;  // nothing of what Unit::is_plain asks for
 };
 
 struct DevicePlan {
-  bool resident;
+  bool resident;  // or streamed
   const char* reason;
-  // of the resident schedule
+  // of both
+  bool streamed;
   bool tensor_cores;     // products of 16-bit numbers or tf32; else plain multiply-adds of float32
-  bool cluster;          // groups are clusters, which meet in hardware; else they count arrivals in memory
+  bool cluster;          // groups are clusters, which meet in hardware; else their blocks count rounds in memory
   int blocks, groups;    // blocks of a group; groups that run at once
   int units, sequences;  // of a block; of a group
+  int rows;              // of a block's weights
   int splits;            // parts of the product's sum, taken by different warps
-  int64_t k, ld;         // terms of the product, padded; elements between rows of its staged factor
+  int64_t k;             // terms of the product, padded
   int64_t shared_bytes;
 };
 
 constexpr int kResidentThreads = 256, kResidentWarps = kResidentThreads / 32;
+constexpr int kPairs = 2;  // (unit, sequence) of a thread, at most: their state lies in its registers
 constexpr int kTileRows = 16, kTileColumns = 8;  // of one tensor-core product; the tile has units (and gates) as rows
+constexpr int kPieces = 32;                      // terms of the product are padded to a multiple
 
-// Shared memory of a block, in bytes from its beginning: its part of the weights, the staged factor, the product, and
-// of forward the slots of its threads' own units before the recurrent product.
+// There are kernels for groups of 8, 16 and 32 sequences; fewer where a call is rare or slow in any case.
+constexpr bool has_kernel(bool plain, bool tensor_cores, int sequences) {
+  return plain ? tensor_cores || sequences <= 2 * kTileColumns : sequences == 2 * kTileColumns;
+}
+
+// Shared memory of a block, in bytes from its beginning: its part of the weights, the product, the bias by slot and
+// unit, and of plain multiply-adds each warp's piece of the factor.
 struct ResidentMemory {
-  int64_t weights, staged, partial, pre, size;
+  int64_t weights, partial, bias, piece, size;
 
-  ResidentMemory(const DevicePlan& plan, int64_t rows, int slots, int element_bytes, bool backward) {
+  ResidentMemory(const DevicePlan& plan, int slots, int element_bytes) {
     weights = 0;
-    staged = weights + rows * plan.k * element_bytes;
-    partial = staged + plan.sequences * plan.ld * element_bytes;
-    pre = partial + int64_t{plan.splits} * rows * plan.sequences * 4;
-    const int64_t pairs = (int64_t{plan.units} * plan.sequences + kResidentThreads - 1) / kResidentThreads;
-    size = pre + (backward ? 0 : pairs * kResidentThreads * slots * 4);
+    partial = plan.streamed ? 0 : plan.rows * plan.k * element_bytes;
+    bias = partial + int64_t{plan.splits} * plan.sequences * partial_ld(plan.rows) * 4;
+    piece = bias + int64_t{slots} * plan.units * 4;
+    size = piece + (plan.tensor_cores ? 0 : int64_t{kResidentWarps} * kPieces * plan.sequences * 4);
   }
+  // Rows of the product, a sequence each, begin in banks that neither its writing by tiles nor its reading meets twice.
+  static constexpr int64_t partial_ld(int64_t rows) { return rows + 4; }
 };
 
 inline DevicePlan make_device_plan(const DeviceRequest& r) {
@@ -59,7 +72,7 @@ inline DevicePlan make_device_plan(const DeviceRequest& r) {
     plan.reason = reason;
     return plan;
   };
-  const auto round_up = [](int64_t n, int64_t to) { return (n + to - 1) / to * to; };
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   if (r.accumulate_bytes != 4) return per_step("float64 has no resident kernel");
   if (!r.has_resident) return per_step("only torch.nn's cells have a resident kernel");
   if (r.is_projected) return per_step("a projected cell has no resident kernel");
@@ -68,42 +81,60 @@ inline DevicePlan make_device_plan(const DeviceRequest& r) {
   if (r.size.T < kFewSteps) return per_step("too few steps to repay loading the weights");
 
   const int64_t H = r.size.H, N = r.size.N;
-  plan.tensor_cores = r.element_bytes == 2 || r.tf32;
-  // Elements of 32 bytes: the depth of a 16-bit product, twice that of a tf32 one.
-  const int64_t all_terms = r.backward ? r.gates * H : H;
-  plan.k = round_up(all_terms, 32 / r.element_bytes);
-  // Rows 32 bytes past a multiple of 128 lie in different banks for the eight columns of a tile.
-  plan.ld = (round_up(plan.k * r.element_bytes, 128) + 32) / r.element_bytes;
-  plan.sequences = N > kTileColumns ? 2 * kTileColumns : kTileColumns;
   const int rows_per_unit = r.backward ? 1 : r.gates;
+  plan.tensor_cores = r.element_bytes == 2 || r.tf32;
+  plan.k = ceil_div(r.backward ? r.gates * H : H, kPieces) * kPieces;
 
-  // The fewest units a block that keep the group a cluster of at most eight, if they fit; else as many as fit.
-  const auto fits = [&](int64_t units) {
-    plan.units = static_cast<int>(units);
-    const int64_t tiles = units / kTileRows * rows_per_unit;
-    plan.splits = static_cast<int>(tiles >= kResidentWarps ? 1 : kResidentWarps / tiles);
-    plan.shared_bytes = ResidentMemory(plan, units * rows_per_unit, r.slots, r.element_bytes, r.backward).size;
-    return plan.shared_bytes <= r.block_memory;
+  // Makes the plan of so many units a block and sequences a group, if it fits; says how many launches it takes.
+  const auto waves = [&](int64_t units, int64_t sequences, bool streamed) -> int64_t {
+    plan.streamed = streamed;
+    if (units * sequences > kPairs * kResidentThreads) return 0;
+    if (!has_kernel(r.plain, plan.tensor_cores, static_cast<int>(sequences))) return 0;
+    plan.units = static_cast<int>(units), plan.sequences = static_cast<int>(sequences);
+    plan.blocks = static_cast<int>(ceil_div(H, units));
+    plan.rows = plan.units * rows_per_unit;
+    const int64_t tasks = plan.tensor_cores ? units / kTileRows : ceil_div(plan.rows, 32);
+    plan.splits = static_cast<int>(std::clamp<int64_t>(kResidentWarps / tasks, 1, plan.k / kPieces));
+    plan.shared_bytes = ResidentMemory(plan, r.slots, r.element_bytes).size;
+    if (plan.shared_bytes > r.block_memory) return 0;
+    // A cluster lies within a part of the chip, of which some multiprocessors are left over.
+    constexpr int kCluster = 16;
+    plan.cluster = plan.blocks > 1 && plan.blocks <= kCluster && r.capability >= 90;
+    const int64_t at_once = (plan.cluster ? r.multiprocessors * 7 / 8 : r.multiprocessors) / plan.blocks;
+    const int64_t groups = ceil_div(N, sequences);
+    if (at_once == 0) return 0;
+    const bool must_run_at_once = plan.blocks > 1 && !plan.cluster;
+    plan.groups = static_cast<int>(must_run_at_once ? std::min(groups, at_once) : groups);
+    plan.resident = true;
+    plan.reason = streamed           ? "the weights stay in the cache of the chip"
+                  : plan.cluster     ? "the weights fit the shared memory of a cluster of blocks"
+                  : plan.blocks == 1 ? "the weights fit the shared memory of one block"
+                                     : "the weights fit the shared memory of blocks that all run at once";
+    return ceil_div(groups, at_once);
   };
-  constexpr int kCluster = 8;
-  const int64_t all_units = round_up(H, kTileRows);
-  int64_t units = round_up((all_units + kCluster - 1) / kCluster, kTileRows);
-  if (!fits(units))
-    for (; units > kTileRows && !fits(units); units -= kTileRows) {
-    }
-  if (!fits(units)) return per_step("the weights of 16 units do not fit a multiprocessor's shared memory");
-  plan.blocks = static_cast<int>((all_units + units - 1) / units);
-  plan.cluster = plan.blocks > 1 && plan.blocks <= kCluster && r.capability >= 90;
-  const int64_t groups = (N + plan.sequences - 1) / plan.sequences;
-  const int64_t at_once = r.multiprocessors / plan.blocks;
-  if (at_once == 0) return per_step("the weights do not fit the shared memory of all multiprocessors");
-  if (groups > kMostWaves * at_once) return per_step("with so many sequences products outside are as fast");
-  plan.groups = static_cast<int>(groups < at_once || plan.cluster ? groups : at_once);
-  plan.resident = true;
-  plan.reason = plan.cluster       ? "the weights fit the shared memory of a cluster of blocks"
-                : plan.blocks == 1 ? "the weights fit the shared memory of one block"
-                                   : "the weights fit the shared memory of blocks that all run at once";
-  return plan;
+
+  // The best first: a block that meets no other, if its threads have little to do; then many blocks of few units and
+  // sequences, whose steps are short; then more work for a block, so that all groups run at once.
+  constexpr int64_t kTile = kTileRows, kColumns = kTileColumns;
+  const int64_t all_units = ceil_div(H, kTile) * kTile;
+  const bool alone = all_units * std::min(N, kColumns) <= kResidentThreads;
+  const struct {
+    int64_t units, sequences;
+  } shapes[] = {{alone ? all_units : kTile, kColumns},
+                {alone ? all_units : kTile, 2 * kColumns},
+                {kTile, kColumns},
+                {kTile, 2 * kColumns},
+                {2 * kTile, 2 * kColumns},
+                {kTile, 4 * kColumns},
+                {all_units, kColumns}};
+  for (const bool streamed : {false, true})
+    for (int64_t most = 1; most <= kMostWaves; ++most)
+      for (const auto& shape : shapes) {
+        const int64_t count = waves(shape.units, shape.sequences, streamed);
+        if (count > 0 && count <= most) return plan;
+      }
+  plan = DevicePlan{};
+  return per_step("with so many sequences or units products outside are as fast");
 }
 
 }  // namespace rnnfast

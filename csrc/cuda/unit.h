@@ -18,7 +18,7 @@ struct State {
   int64_t pre_first;
   T* recurrent;  // [N, G*H] the product of W_hh with h; of the late gates apart, behind the others
   T *h, *c;      // [N, P], [N, H] the state before the step, zero where it is reset
-  E* fed[2];     // [N, P] h as the recurrent product takes it: masked. The resident kernels alternate the two
+  E* fed;        // [N, P] h as the recurrent product takes it: masked
   E* late;       // [N, H] what the late gates' product is taken of
   E* raw;        // [N, H] h before the projection
   T* projected;  // [N, P] its product with W_hr
@@ -36,7 +36,8 @@ struct State {
   T* dw_tokens;              // [G*H, I] where tokens' gradient cannot be summed in its place
 };
 
-template <typename Cell, typename T, typename E>
+// kPlain: of a call without everything that is_plain asks for, which then costs nothing.
+template <typename Cell, typename T, typename E, bool kPlain = false>
 struct Unit {
   using Params = SequenceParams<T, E>;
   static constexpr int kGates = Cell::kGates, kSlots = Cell::kSlots, kLate = Cell::kLateGates, kEarly = kGates - kLate;
@@ -45,25 +46,55 @@ struct Unit {
   const Params& p;
   const State<T, E>& s;
 
+  static bool is_plain(const Params& p) {
+    const void* rare[] = {p.device.lengths, p.resets, p.recurrent_mask, p.keep_h.data,    p.keep_c.data, p.all_c.data,
+                          p.dall_c.data,    p.w_hr,   p.dgates_ih.data, p.dgates_hh.data, p.h_prev.data};
+    for (const void* one : rare)
+      if (one) return false;
+    return !p.is_packed;
+  }
+  template <typename X>
+  RNNFAST_FUNCTION static bool given(const X* rare) {
+    return !kPlain && rare;
+  }
+  RNNFAST_FUNCTION bool is_packed() const { return !kPlain && p.is_packed; }
+  RNNFAST_FUNCTION bool is_projected() const { return given(p.w_hr); }
+
+  // A unit's state between two steps; in backward its gradient, less what comes through the recurrent product.
+  struct Carried {
+    T h, c;
+  };
+  // What a step needs that no step before gives: it can be loaded early.
+  struct Ahead {
+    bool has_step, is_reset_after;
+    T slot[kSlots];  // the input's part of the pre-activations
+  };
+  struct AheadBackward {
+    bool has_step, is_reset_after;
+    T slot[kSlots];  // as kept
+    T h_prev, c, c_prev;
+    T doutput, dall_c;
+  };
+
   // ---- where things are ----
 
-  RNNFAST_FUNCTION int64_t active(int64_t t) const { return p.is_packed ? p.device.active[t] : p.size.N; }
+  RNNFAST_FUNCTION int64_t active(int64_t t) const { return is_packed() ? p.device.active[t] : p.size.N; }
   RNNFAST_FUNCTION bool has_step(int64_t t, int64_t n) const {
     if (t < 0 || t >= p.size.T) return false;
-    return p.is_packed ? n < p.device.active[t] : !p.device.lengths || t < p.device.lengths[n];
+    return is_packed() ? n < p.device.active[t] : !given(p.device.lengths) || t < p.device.lengths[n];
   }
   RNNFAST_FUNCTION int64_t row(int64_t t, int64_t n) const {
-    return p.is_packed ? p.device.first_row[t] + n : t * p.size.N + n;
+    return is_packed() ? p.device.first_row[t] + n : t * p.size.N + n;
   }
   RNNFAST_FUNCTION int64_t before(int64_t t) const { return p.reverse ? t + 1 : t - 1; }
   RNNFAST_FUNCTION int64_t after(int64_t t) const { return p.reverse ? t - 1 : t + 1; }
   template <typename X>
   RNNFAST_FUNCTION X& at(const Rows<X>& rows, int64_t t, int64_t n, int64_t u) const {
-    return rows.data[(p.is_packed ? row(t, n) * rows.row : t * rows.step + n * rows.row) + u];
+    return rows.data[(is_packed() ? row(t, n) * rows.row : t * rows.step + n * rows.row) + u];
   }
   // The state before step t is zero by a reset.
   RNNFAST_FUNCTION bool is_reset(int64_t t, int64_t n) const {
-    if (!p.resets) return false;
+    if (!given(p.resets)) return false;
     const int64_t boundary = p.reverse ? t + 1 : t;
     return has_step(boundary, n) && p.resets[boundary * p.size.N + n];
   }
@@ -101,7 +132,7 @@ struct Unit {
     for (int k = 0; k < Cell::kPeepholes; ++k) w[k] = widen(p.w_ch[k * p.size.H + u]);
   }
   RNNFAST_FUNCTION T mask(int64_t n, int64_t u) const {
-    return p.recurrent_mask ? widen(p.recurrent_mask[n * p.size.P + u]) : T{1};
+    return given(p.recurrent_mask) ? widen(p.recurrent_mask[n * p.size.P + u]) : T{1};
   }
 
   // ---- forward ----
@@ -119,30 +150,36 @@ struct Unit {
       s.c[n * p.size.H + u] = !p.reverse && is_reset(0, n) ? T{} : c;
     }
   }
+  // The state after step t is zero for the next one.
+  RNNFAST_FUNCTION bool is_reset_after(int64_t t, int64_t n) const {
+    const int64_t next = after(t);
+    return given(p.resets) && next >= 0 && next < p.size.T && is_reset(next, n);
+  }
   // h after step t for the next one: as state and as the recurrent product takes it.
-  RNNFAST_FUNCTION void set_hidden(int64_t t, int64_t n, int64_t u, T h, int buffer = 0) const {
-    const int64_t i = n * p.size.P + u, next = after(t);
-    if (next >= 0 && next < p.size.T && is_reset(next, n)) h = T{};
+  RNNFAST_FUNCTION void set_hidden(int64_t t, int64_t n, int64_t u, T h) const {
+    const int64_t i = n * p.size.P + u;
+    if (is_reset_after(t, n)) h = T{};
     s.h[i] = h;
-    s.fed[buffer][i] = narrow<E>(mask(n, u) * h);
+    s.fed[i] = narrow<E>(mask(n, u) * h);
   }
   RNNFAST_FUNCTION void set_last_hidden(int64_t t, int64_t n, int64_t u, T h) const {
     if (!has_step(after(t), n)) p.h_n[n * p.size.P + u] = narrow<E>(h);
   }
 
-  // Pre-activations but for the recurrent product.
+  // Parts of the pre-activations: the product of the input, and the bias.
   RNNFAST_FUNCTION void input_slots(int64_t t, int64_t n, int64_t u, T (&slot)[kSlots]) const {
-    const int64_t H = p.size.H;
-    const T* pre = s.pre + (row(t, n) - s.pre_first) * kGates * H;
+    const T* pre = s.pre + (row(t, n) - s.pre_first) * kGates * p.size.H;
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) slot[i] = T{};
 #pragma unroll
-    for (int q = 0; q < kGates; ++q) {
-      const int64_t i = input_gate(q) * H + u;
-      slot[Cell::kInput + q] += pre[i] + load(p.b_ih, i);
-    }
+    for (int q = 0; q < kGates; ++q) slot[Cell::kInput + q] = pre[input_gate(q) * p.size.H + u];
+  }
+  RNNFAST_FUNCTION void add_bias(int64_t u, T (&slot)[kSlots]) const {
 #pragma unroll
-    for (int q = 0; q < kGates; ++q) slot[Cell::kRecurrent + q] += load(p.b_hh, recurrent_gate(q) * H + u);
+    for (int q = 0; q < kGates; ++q) {
+      slot[Cell::kInput + q] += load(p.b_ih, input_gate(q) * p.size.H + u);
+      slot[Cell::kRecurrent + q] += load(p.b_hh, recurrent_gate(q) * p.size.H + u);
+    }
   }
   RNNFAST_FUNCTION void add_recurrent(int64_t n, int64_t u, T (&slot)[kSlots], bool late) const {
     const int64_t H = p.size.H;
@@ -161,48 +198,64 @@ struct Unit {
     if constexpr (kLate > 0) {
       T slot[kSlots];
       input_slots(t, n, u, slot);
+      add_bias(u, slot);
       add_recurrent(n, u, slot, false);
-      s.late[n * p.size.H + u] = narrow<E>(Cell::late_input(slot[0], widen(s.fed[0][n * p.size.H + u])));
+      s.late[n * p.size.H + u] = narrow<E>(Cell::late_input(slot[0], widen(s.fed[n * p.size.H + u])));
     }
   }
 
-  // Everything from the complete pre-activations on.
-  RNNFAST_FUNCTION void forward(int64_t t, int64_t n, int64_t u, T (&slot)[kSlots], int buffer = 0) const {
-    const int64_t H = p.size.H, r = row(t, n);
-    const bool is_projected = p.w_hr != nullptr;
+  RNNFAST_FUNCTION Ahead load_ahead(int64_t t, int64_t n, int64_t u) const {
+    Ahead ahead{};
+    ahead.has_step = has_step(t, n);
+    if (!ahead.has_step) return ahead;
+    ahead.is_reset_after = is_reset_after(t, n);
+    input_slots(t, n, u, ahead.slot);
+    return ahead;
+  }
+  // The state after the step, from the complete pre-activations, mixed with the one before as zoneout says.
+  RNNFAST_FUNCTION Carried apply(int64_t t, int64_t n, int64_t u, T (&slot)[kSlots], const Carried& before) const {
     if constexpr (kLate > 0) Cell::late_input(slot[0], T{});
-    const T h_prev = is_projected ? T{} : s.h[n * p.size.P + u];
-    const T c_prev = Cell::kHasCell ? s.c[n * H + u] : T{};
-    T h, c{}, w[Cell::kPeepholes + 1];
+    Carried made{};
+    T w[Cell::kPeepholes + 1]{};
     load_peepholes(u, w);
-    Cell::forward(slot, h_prev, c_prev, h, c, w);
-    if (p.keep_h.data) {
+    Cell::forward(slot, before.h, before.c, made.h, made.c, w);
+    if (given(p.keep_h.data)) {
       const T keep = widen(at(p.keep_h, t, n, u));
-      h = keep * h_prev + (1 - keep) * h;
+      made.h = keep * before.h + (1 - keep) * made.h;
     }
-    if (Cell::kHasCell && p.keep_c.data) {
+    if (Cell::kHasCell && given(p.keep_c.data)) {
       const T keep = widen(at(p.keep_c, t, n, u));
-      c = keep * c_prev + (1 - keep) * c;
+      made.c = keep * before.c + (1 - keep) * made.c;
     }
+    return made;
+  }
+  // What a step gives and what backward will need of it, but for a projected h.
+  RNNFAST_FUNCTION void store(int64_t t, int64_t n, int64_t u, const T (&slot)[kSlots], const Carried& made) const {
+    const int64_t H = p.size.H, r = row(t, n);
     if (p.training) {
 #pragma unroll
       for (int i = 0; i < kSlots; ++i) *kept_slot(r, u, i) = slot[i];
-      if (Cell::kHasCell) p.cells[r * padded(H) + u] = c;
-      if (p.hidden && !is_projected) p.hidden[r * padded(p.size.P) + u] = h;
+      if (Cell::kHasCell) p.cells[r * padded(H) + u] = made.c;
+      if (p.hidden && !is_projected()) p.hidden[r * padded(p.size.P) + u] = made.h;
     }
     if (Cell::kHasCell) {
-      if (p.all_c.data) at(p.all_c, t, n, u) = narrow<E>(c);
-      const int64_t next = after(t);
-      if (!has_step(next, n)) p.c_n[n * H + u] = narrow<E>(c);
-      s.c[n * H + u] = next >= 0 && is_reset(next, n) ? T{} : c;
+      if (given(p.all_c.data)) at(p.all_c, t, n, u) = narrow<E>(made.c);
+      if (!has_step(after(t), n)) p.c_n[n * H + u] = narrow<E>(made.c);
     }
-    if (is_projected) {
-      s.raw[n * H + u] = narrow<E>(h);
-      return;
-    }
-    at(p.output, t, n, u) = narrow<E>(h);
-    set_last_hidden(t, n, u, h);
-    set_hidden(t, n, u, h, buffer);
+    if (is_projected()) return;
+    at(p.output, t, n, u) = narrow<E>(made.h);
+    set_last_hidden(t, n, u, made.h);
+  }
+  // Everything from the complete pre-activations on.
+  RNNFAST_FUNCTION void forward(int64_t t, int64_t n, int64_t u, T (&slot)[kSlots]) const {
+    const int64_t i = n * p.size.H + u;
+    const Carried made = apply(t, n, u, slot, {is_projected() ? T{} : s.h[i], Cell::kHasCell ? s.c[i] : T{}});
+    store(t, n, u, slot, made);
+    if (Cell::kHasCell) s.c[i] = is_reset_after(t, n) ? T{} : made.c;
+    if (is_projected())
+      s.raw[i] = narrow<E>(made.h);
+    else
+      set_hidden(t, n, u, made.h);
   }
   // The projection's part, u a unit of P.
   RNNFAST_FUNCTION void project(int64_t t, int64_t n, int64_t u) const {
@@ -263,71 +316,80 @@ struct Unit {
 
   // For a projected cell, u a unit of P: the whole gradient of the projected h.
   RNNFAST_FUNCTION void project_backward(int64_t t, int64_t n, int64_t u) const {
-    const int64_t next = after(t);
-    T dh = next >= 0 && next < p.size.T && is_reset(next, n) ? T{} : hidden_gradient(n, u);
+    T dh = is_reset_after(t, n) ? T{} : hidden_gradient(n, u);
     if (p.doutput.data) dh += widen(at(p.doutput, t, n, u));
     const int64_t r = row(t, n);
     s.dprojected[r * p.size.P + u] = narrow<E>(dh);
     if (p.dprojected.data) at(p.dprojected, t, n, u) = dh;
     s.dh[n * p.size.P + u] = T{};  // all of it goes through W_hr
-    s.h_prev[r * p.size.P + u] = narrow<E>(fed_before(t, n, u));
+    store_fed(t, n, u, mask(n, u) * hidden_before(t, n, u));
   }
   // What the recurrent product took at step t.
-  RNNFAST_FUNCTION T fed_before(int64_t t, int64_t n, int64_t u) const {
-    const T h = mask(n, u) * hidden_before(t, n, u);
-    if (p.h_prev.data) at(p.h_prev, t, n, u) = h;
-    return h;
+  RNNFAST_FUNCTION void store_fed(int64_t t, int64_t n, int64_t u, T fed) const {
+    s.h_prev[row(t, n) * p.size.P + u] = narrow<E>(fed);
+    if (given(p.h_prev.data)) at(p.h_prev, t, n, u) = fed;
   }
 
+  RNNFAST_FUNCTION AheadBackward load_ahead_backward(int64_t t, int64_t n, int64_t u) const {
+    AheadBackward ahead{};
+    ahead.has_step = has_step(t, n);
+    if (!ahead.has_step) return ahead;
+    ahead.is_reset_after = is_reset_after(t, n);
+    const int64_t r = row(t, n);
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k) ahead.slot[k] = *kept_slot(r, u, k);
+    if (Cell::kHasCell) {
+      ahead.c = p.cells[r * padded(p.size.H) + u];
+      ahead.c_prev = cell_before(t, n, u);
+      if (given(p.dall_c.data)) ahead.dall_c = widen(at(p.dall_c, t, n, u));
+    }
+    if (is_projected()) return ahead;
+    ahead.h_prev = hidden_before(t, n, u);
+    if (p.doutput.data) ahead.doutput = widen(at(p.doutput, t, n, u));
+    return ahead;
+  }
+  // From the gradient of the state after the step, dh and dc, to that of the state before it past the recurrent
+  // product, and of the slots in their place.
+  RNNFAST_FUNCTION void differentiate(int64_t t, int64_t n, int64_t u, AheadBackward& ahead, Carried& d) const {
+    T dh = ahead.is_reset_after && !is_projected() ? T{} : d.h,  // a projected one is complete
+        dc = ahead.is_reset_after ? T{} : d.c;
+    dh += ahead.doutput;
+    dc += ahead.dall_c;
+    T c = ahead.c, kept_dh{}, kept_dc{}, dh_prev, w[Cell::kPeepholes + 1]{};
+    load_peepholes(u, w);
+    if constexpr (Cell::kHasCell) {
+      if (given(p.keep_c.data)) {  // what was kept is c after the mixture
+        kept_dc = widen(at(p.keep_c, t, n, u)) * dc;
+        dc -= kept_dc;
+        c = Cell::next_cell(ahead.slot, ahead.c_prev);
+      }
+    }
+    if (given(p.keep_h.data)) {
+      kept_dh = widen(at(p.keep_h, t, n, u)) * dh;
+      dh -= kept_dh;
+    }
+    Cell::backward(ahead.slot, ahead.h_prev, ahead.c_prev, c, dh, dc, dh_prev, w);
+    d = {dh_prev + kept_dh, dc + kept_dc};
+  }
   // dgates, and dh, dc become what reaches the state before the step past the recurrent product.
   RNNFAST_FUNCTION void backward(int64_t t, int64_t n, int64_t u) const {
-    const int64_t H = p.size.H, r = row(t, n), next = after(t), i = n * H + u;
-    const bool is_projected = p.w_hr != nullptr;
-    const bool cut = next >= 0 && next < p.size.T && is_reset(next, n);
-    T dh, h_prev{};
-    if (is_projected) {
-      dh = s.draw[i];
+    const int64_t H = p.size.H, r = row(t, n), i = n * H + u;
+    AheadBackward ahead = load_ahead_backward(t, n, u);
+    Carried d{is_projected() ? s.draw[i] : hidden_gradient(n, u), Cell::kHasCell ? s.dc[i] : T{}};
+    const T fed = is_projected() ? T{} : mask(n, u) * ahead.h_prev;
+    if (is_projected()) {
       const T raw = hidden_of(r, u);
       s.raw_rows[r * H + u] = narrow<E>(raw);
       if (p.h_raw.data) at(p.h_raw, t, n, u) = raw;
     } else {
-      dh = cut ? T{} : hidden_gradient(n, u);
-      if (p.doutput.data) dh += widen(at(p.doutput, t, n, u));
-      h_prev = hidden_before(t, n, u);
-      const T fed = mask(n, u) * h_prev;
-      s.h_prev[r * H + u] = narrow<E>(fed);
-      if (p.h_prev.data) at(p.h_prev, t, n, u) = fed;
+      store_fed(t, n, u, fed);
     }
-    T slot[kSlots];
+    differentiate(t, n, u, ahead, d);
+    if (Cell::kHasCell) s.dc[i] = d.c;
+    if (!is_projected()) s.dh[i] = d.h;
 #pragma unroll
-    for (int k = 0; k < kSlots; ++k) slot[k] = *kept_slot(r, u, k);
-    T c{}, c_prev{}, dc{}, kept_dh{}, kept_dc{}, dh_prev, w[Cell::kPeepholes + 1];
-    load_peepholes(u, w);
-    if constexpr (Cell::kHasCell) {
-      c = p.cells[r * padded(H) + u];
-      c_prev = cell_before(t, n, u);
-      dc = cut ? T{} : s.dc[i];
-      if (p.dall_c.data) dc += widen(at(p.dall_c, t, n, u));
-      if (p.keep_c.data) {  // what was kept is c after the mixture
-        kept_dc = widen(at(p.keep_c, t, n, u)) * dc;
-        dc -= kept_dc;
-        c = Cell::next_cell(slot, c_prev);
-      }
-    }
-    if (p.keep_h.data) {
-      kept_dh = widen(at(p.keep_h, t, n, u)) * dh;
-      dh -= kept_dh;
-    }
-    Cell::backward(slot, h_prev, c_prev, c, dh, dc, dh_prev, w);
-    if (Cell::kHasCell) s.dc[i] = dc + kept_dc;
-    if (!is_projected) s.dh[i] = dh_prev + kept_dh;
-#pragma unroll
-    for (int q = 0; q < kGates; ++q) {
-      if (kLate > 0 && q == 0) continue;  // backward_late's
-      set_gate(t, n, u, q, slot);
-    }
-    if constexpr (kLate > 0)
-      s.late_rows[r * H + u] = narrow<E>(Cell::recomputed_late_input(slot[0], mask(n, u) * h_prev));
+    for (int q = kLate > 0; q < kGates; ++q) set_gate(t, n, u, q, ahead.slot);  // gate 0 is then backward_late's
+    if constexpr (kLate > 0) s.late_rows[r * H + u] = narrow<E>(Cell::recomputed_late_input(ahead.slot[0], fed));
   }
   // The gradient of slot kInput + q and of slot kRecurrent + q to where the products find them.
   RNNFAST_FUNCTION void set_gate(int64_t t, int64_t n, int64_t u, int q, const T (&slot)[kSlots]) const {
@@ -336,7 +398,7 @@ struct Unit {
     const T d_ih = slot[Cell::kInput + q], d_hh = slot[Cell::kRecurrent + q];
     s.dgates_ih[r * width + ih] = narrow<E>(d_ih);
     if (!kOneProduct) s.dgates_hh[r * width + hh] = narrow<E>(d_hh);
-    if (p.dgates_ih.data) at(p.dgates_ih, t, n, ih) = d_ih, at(p.dgates_hh, t, n, hh) = d_hh;
+    if (given(p.dgates_ih.data)) at(p.dgates_ih, t, n, ih) = d_ih, at(p.dgates_hh, t, n, hh) = d_hh;
   }
   // The gate that made the late gates' input, and its share of dh.
   RNNFAST_FUNCTION void backward_late(int64_t t, int64_t n, int64_t u) const {

@@ -161,6 +161,10 @@ inline uint32_t float_to_tf32(float x) {
   return (float_to_bits(x) + 0x1000) & ~0x1fffu;  // 13 bits fewer, ties away from zero
 }
 
+inline float reciprocal(float x) {
+  return 1 / x;
+}
+
 inline char* shared_memory() {
   return emulation::machine().blocks[emulation::machine().block].shared.data();
 }
@@ -180,7 +184,7 @@ struct alignas(16) Piece {
   uint32_t x, y, z, w;
 };
 template <typename V>
-V load_shared_by_blocks(const V* p) {
+V load_published(const V* p) {
   return *p;
 }
 
@@ -189,29 +193,35 @@ void block_barrier() {
   auto& m = emulation::machine();
   if (m.left_out != kNumber) emulation::meet(m.blocks[m.block].meeting, m.threads);
 }
+template <int kNumber>
+void warp_barrier() {
+  auto& m = emulation::machine();
+  if (m.left_out != kNumber)
+    emulation::meet(m.blocks[m.block].warp_meetings[m.thread / emulation::kWarp], emulation::kWarp);
+}
 
 template <int kNumber>
-void group_arrive(bool cluster, unsigned* arrived) {
+void group_arrive(bool cluster, unsigned* own, unsigned round) {
   auto& m = emulation::machine();
   if (m.left_out == kNumber) return;
   if (cluster) {
     ++m.clusters[m.block / m.cluster].arrived;
   } else {
     emulation::meet(m.blocks[m.block].meeting, m.threads);
-    if (m.thread == 0) ++*arrived;
+    if (m.thread == 0) *own = round;
   }
 }
 template <int kNumber>
-void group_wait(bool cluster, unsigned* arrived, unsigned expected) {
+void group_wait(bool cluster, const unsigned* arrived, int blocks, unsigned round) {
   auto& m = emulation::machine();
   if (m.left_out == kNumber) return;
   if (cluster) {
     // every thread arrives once a round, so the count says which rounds are over
-    const int64_t everyone = int64_t{m.threads} * m.cluster, rounds = expected / m.cluster;
-    while (m.clusters[m.block / m.cluster].arrived < everyone * rounds) emulation::yield();
+    const int64_t everyone = int64_t{m.threads} * m.cluster;
+    while (m.clusters[m.block / m.cluster].arrived < everyone * round) emulation::yield();
   } else {
-    if (m.thread == 0)
-      while (static_cast<int>(*arrived - expected) < 0) emulation::yield();
+    if (m.thread < blocks)
+      while (static_cast<int>(arrived[m.thread] - round) < 0) emulation::yield();
     emulation::meet(m.blocks[m.block].meeting, m.threads);
   }
 }
