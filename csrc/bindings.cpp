@@ -104,7 +104,7 @@ void explain_cuda(py::dict d, const CellInfo& cell, const Sizes& size, at::Scala
     set("kernel", plan.streamed ? "streamed" : plan.resident ? "resident" : "per_step");
     set("reason", plan.reason);
     if (!plan.resident) return;
-    set("tensor_cores", plan.tensor_cores), set("cluster", plan.cluster);
+    set("tensor_cores", plan.tensor_cores);
     set("blocks", plan.blocks), set("groups", plan.groups);
     set("units", plan.units), set("sequences", plan.sequences), set("shared_bytes", plan.shared_bytes);
   };

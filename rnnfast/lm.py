@@ -542,7 +542,7 @@ class RNNLM(nn.Module):
             else:
                 last = hidden[lengths.to(hidden.device) - 1, torch.arange(len(lengths), device=hidden.device)][None]
             scores = self.output(last).squeeze(0)
-        return tokens, _Progress(scores, torch.zeros(len(scores), dtype=torch.bool), states)
+        return tokens, _Progress(scores, torch.zeros(len(scores), dtype=torch.bool, device=scores.device), states)
 
     def _side_by_side(self, prompts: list[Any] | tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """Prompts ``[T_n]`` as one, padded, in the layout of the layer, and their lengths ``[N]``."""

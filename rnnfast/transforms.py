@@ -294,7 +294,7 @@ def _per_sample(cell: str, size: int, folded: Sequence[Any]) -> tuple[_Results, 
     lengths, dtype = folded[3 + _LENGTHS], weight_ih.dtype
     *states, dgates_ih, dgates_hh, h_prev, dprojected, h_raw = _op(f"_{cell}_backward_factors")(*folded)
     if lengths is not None and _is_real(input):  # what lies past an end is not read, and may be NaN
-        real = torch.arange(input.shape[0])[:, None] < lengths
+        real = torch.arange(input.shape[0], device=input.device)[:, None] < lengths.to(input.device)
         input = input.masked_fill(~real.unsqueeze(-1), 0.0)
 
     def total(tensor: Tensor) -> Tensor:
@@ -308,7 +308,7 @@ def _per_sample(cell: str, size: int, folded: Sequence[Any]) -> tuple[_Results, 
         if _is_real(input):
             return product(dgates_ih, input.to(dgates_ih.dtype))
         num_tokens = weight_ih.shape[1]  # each row of dgates joins the column of its token and example
-        example = torch.arange(size).repeat(input.shape[-1] // size)
+        example = torch.arange(size, device=input.device).repeat(input.shape[-1] // size)
         columns = dgates_ih.new_zeros(size * num_tokens, dgates_ih.shape[-1])
         columns.index_add_(0, (example * num_tokens + input).flatten(), dgates_ih.flatten(0, -2))
         return columns.view(size, num_tokens, -1).transpose(1, 2).to(dtype)

@@ -11,14 +11,13 @@ namespace rnnfast {
 inline namespace RNNFAST_ISA {
 
 // How a kernel runs. `barriers`: it uses some (for the emulation, which runs threads one after the other where none
-// waits for another). cluster: blocks of a cluster, or 0. cooperative: all blocks must run at once.
+// waits for another). cooperative: all blocks must run at once.
 struct Launch {
   int64_t blocks;
   int threads;
   void* stream;
   int64_t shared_bytes = 0;
   bool barriers = false;
-  int cluster = 0;
   bool cooperative = false;
 };
 
@@ -84,10 +83,35 @@ RNNFAST_FUNCTION int64_t global_thread() {
 }
 using Piece = uint4;  // 16 bytes
 
-// A load that sees what other blocks wrote before the last group barrier.
-template <typename V>
-RNNFAST_FUNCTION V load_published(const V* p) {
-  return __ldcg(p);
+// What blocks that run at once tell each other through global memory. A number is there as soon as it is seen: the
+// place was empty before, all bits ones.
+RNNFAST_FUNCTION Piece load_published(const Piece* p) {
+  Piece x;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(p)
+               : "memory");
+  return x;
+}
+RNNFAST_FUNCTION uint32_t load_published(const uint32_t* p) {
+  uint32_t x;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
+RNNFAST_FUNCTION void store_published(uint16_t* p, uint16_t x) {
+  asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(p), "h"(x) : "memory");
+}
+RNNFAST_FUNCTION void store_published(uint32_t* p, uint32_t x) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+// Before any load or store that follows, other blocks see every store that came before.
+RNNFAST_FUNCTION void publication_fence() {
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+}
+RNNFAST_FUNCTION void look_again() {}
+// After a loop that lanes leave at different times.
+RNNFAST_FUNCTION void rejoin_warp() {
+  __syncwarp();
 }
 
 template <int kNumber>
@@ -97,37 +121,6 @@ RNNFAST_FUNCTION void block_barrier() {
 template <int kNumber>
 RNNFAST_FUNCTION void warp_barrier() {
   __syncwarp();
-}
-
-// Barrier among the blocks of a group in two halves: what a block wrote before arrive, the others see after wait. A
-// group is a cluster, or any blocks that all run at once; then each has a number in `arrived`, zero at first, which it
-// sets to the round (1, 2, ...) it has arrived at, and a block has at most kResidentThreads others.
-template <int kNumber>
-RNNFAST_FUNCTION void group_arrive(bool cluster, unsigned* own, unsigned round) {
-  if (cluster) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-#endif
-  } else {
-    __syncthreads();
-    if (threadIdx.x == 0) asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(own), "r"(round) : "memory");
-  }
-}
-template <int kNumber>
-RNNFAST_FUNCTION void group_wait(bool cluster, const unsigned* arrived, int blocks, unsigned round) {
-  if (cluster) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-#endif
-  } else {
-    if (static_cast<int>(threadIdx.x) < blocks) {
-      unsigned now;
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived + threadIdx.x) : "memory");
-      } while (static_cast<int>(now - round) < 0);
-    }
-    __syncthreads();
-  }
 }
 
 // D += A B of 16 x kDepth and kDepth x 8 on the tensor cores, one tile per warp. A lane's registers, with g = lane / 4
@@ -161,14 +154,8 @@ void launch(const Launch& how, void (*kernel)(Params), const Params& params) {
   config.blockDim = dim3(static_cast<unsigned>(how.threads));
   config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
   config.stream = static_cast<cudaStream_t>(how.stream);
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[1];
   config.attrs = attributes;
-  if (how.cluster > 0) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(how.cluster), 1, 1};
-    if (how.cluster > 8)
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "large cluster");
-  }
   if (how.cooperative) {
     attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
     attributes[config.numAttrs++].val.cooperative = 1;

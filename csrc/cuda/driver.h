@@ -31,15 +31,13 @@ struct DeviceDriver : DeviceSequence<Cell, T, E> {
   // Scratch: what the blocks of the resident schedule tell each other, then the arrays of State.
   int64_t take_meeting(T* base, Meeting<E>& meeting) const {
     if (!plan.resident) return 0;
-    const int64_t groups = ceil_div(this->N, plan.sequences);
-    meeting.size = groups * plan.sequences * plan.k;
+    meeting.size = meeting_rows() * plan.k;
     DeviceArena<T> arena{base};
-    arena.take(meeting.arrived, groups * plan.blocks);
-    arena.take(meeting.published, 2 * meeting.size);
-    meeting.zeros = arena.used;
+    arena.take(meeting.published, kPublications * meeting.size);
     arena.take(meeting.weights, plan.streamed ? int64_t{plan.blocks} * plan.rows * plan.k : 0);
     return arena.used;
   }
+  int64_t meeting_rows() const { return ceil_div(this->N, plan.sequences) * plan.sequences; }
   int64_t meeting_scratch() const {
     Meeting<E> unused{};
     return take_meeting(nullptr, unused);
@@ -53,15 +51,21 @@ struct DeviceDriver : DeviceSequence<Cell, T, E> {
     if constexpr (sizeof(T) == 4 && Cell::kHasResident) {
       Meeting<E> meeting{};
       take_meeting(this->p.scratch, meeting);
-      fill_zero(this->p.scratch, meeting.zeros * static_cast<int64_t>(sizeof(T)), this->p.device.stream);
+      const EmptyParams<E> to_empty{meeting.published,
+                                    kPublications * meeting.size,
+                                    meeting_rows(),
+                                    this->N,
+                                    plan.k,
+                                    (kBackward ? Cell::kGates : 1) * this->H};
+      launch(Launch{ceil_div(to_empty.count, Base::kThreads), Base::kThreads, this->p.device.stream},
+             empty_published<E>, to_empty);
       const ResidentMemory memory(plan, Cell::kSlots, sizeof(E));
       ResidentParams<T, E> params{this->p, this->s, plan, memory, step0, step1, 0, meeting};
       const int64_t groups = ceil_div(this->N, plan.sequences);
       for (int64_t group = 0; group < groups; group += plan.groups) {
         const int64_t now = groups - group < plan.groups ? groups - group : plan.groups;
         Launch how{now * plan.blocks, kResidentThreads, this->p.device.stream, plan.shared_bytes, true};
-        how.cluster = plan.cluster ? plan.blocks : 0;
-        how.cooperative = plan.blocks > 1 && !plan.cluster;
+        how.cooperative = plan.blocks > 1;
         params.first_group = group;
         launch(how, resident_kernel_of<kBackward>(), params);
       }

@@ -30,7 +30,6 @@ struct DevicePlan {
   // of both
   bool streamed;
   bool tensor_cores;     // products of 16-bit numbers or tf32; else plain multiply-adds of float32
-  bool cluster;          // groups are clusters, which meet in hardware; else their blocks count rounds in memory
   int blocks, groups;    // blocks of a group; groups that run at once
   int units, sequences;  // of a block; of a group
   int rows;              // of a block's weights
@@ -77,7 +76,7 @@ inline DevicePlan make_device_plan(const DeviceRequest& r) {
   if (!r.has_resident) return per_step("only torch.nn's cells have a resident kernel");
   if (r.is_projected) return per_step("a projected cell has no resident kernel");
   if (r.capability < 80) return per_step("resident kernels need compute capability 8.0");
-  constexpr int64_t kFewSteps = 4, kMostWaves = 2;
+  constexpr int64_t kFewSteps = 4;
   if (r.size.T < kFewSteps) return per_step("too few steps to repay loading the weights");
 
   const int64_t H = r.size.H, N = r.size.N;
@@ -97,17 +96,11 @@ inline DevicePlan make_device_plan(const DeviceRequest& r) {
     plan.splits = static_cast<int>(std::clamp<int64_t>(kResidentWarps / tasks, 1, plan.k / kPieces));
     plan.shared_bytes = ResidentMemory(plan, r.slots, r.element_bytes).size;
     if (plan.shared_bytes > r.block_memory) return 0;
-    // A cluster lies within a part of the chip, of which some multiprocessors are left over.
-    constexpr int kCluster = 16;
-    plan.cluster = plan.blocks > 1 && plan.blocks <= kCluster && r.capability >= 90;
-    const int64_t at_once = (plan.cluster ? r.multiprocessors * 7 / 8 : r.multiprocessors) / plan.blocks;
-    const int64_t groups = ceil_div(N, sequences);
+    const int64_t at_once = r.multiprocessors / plan.blocks, groups = ceil_div(N, sequences);
     if (at_once == 0) return 0;
-    const bool must_run_at_once = plan.blocks > 1 && !plan.cluster;
-    plan.groups = static_cast<int>(must_run_at_once ? std::min(groups, at_once) : groups);
+    plan.groups = static_cast<int>(plan.blocks == 1 ? groups : std::min(groups, at_once));
     plan.resident = true;
     plan.reason = streamed           ? "the weights stay in the cache of the chip"
-                  : plan.cluster     ? "the weights fit the shared memory of a cluster of blocks"
                   : plan.blocks == 1 ? "the weights fit the shared memory of one block"
                                      : "the weights fit the shared memory of blocks that all run at once";
     return ceil_div(groups, at_once);
@@ -127,10 +120,13 @@ inline DevicePlan make_device_plan(const DeviceRequest& r) {
                 {2 * kTile, 2 * kColumns},
                 {kTile, 4 * kColumns},
                 {all_units, kColumns}};
-  for (const bool streamed : {false, true})
-    for (int64_t most = 1; most <= kMostWaves; ++most)
+  // In two launches, one after the other, products of 16-bit numbers are still ahead of those outside; tf32 ones are
+  // not, nor are streamed weights for plain multiply-adds.
+  const int64_t most_waves = r.element_bytes == 2 ? 2 : 1;
+  for (int64_t most = 1; most <= most_waves; ++most)
+    for (const bool streamed : {false, true})
       for (const auto& shape : shapes) {
-        const int64_t count = waves(shape.units, shape.sequences, streamed);
+        const int64_t count = streamed && !plan.tensor_cores ? 0 : waves(shape.units, shape.sequences, streamed);
         if (count > 0 && count <= most) return plan;
       }
   plan = DevicePlan{};

@@ -1,14 +1,16 @@
 // The resident and the streamed schedule (plan.h): one kernel through all steps, recurrent weights in the shared memory
 // of a group of blocks, or arranged for them in global memory.
 //
-// A step, forward: when all of the group have published their h of the step before, the block's rows of W_hh times it
-// go to `partial`, and each thread finishes its own (n, u) pairs, whose state it keeps in registers, and publishes
-// their h. Backward is the same with the gates' gradients in the place of h and the columns of W_hh in the place of its
-// rows. Between two steps nothing is on the way but that: what a step reads beside it is loaded, and what it leaves is
-// stored, while others finish.
+// A step, forward: the block's rows of W_hh times the group's h of the step before go to `partial`, and each thread
+// finishes its own (n, u) pairs, whose state it keeps in registers, and publishes their h. Backward is the same with
+// the gates' gradients in the place of h and the columns of W_hh in the place of its rows. What a step reads beside
+// that is loaded, and what it leaves is stored, while others finish.
 //
-// What is published lies in global memory, [sequences, k] twice, used by turns: a block writes the one only after all
-// have published the other, and so have read the first.
+// What is published lies in global memory, [sequences, k], and needs no flag: a place is empty until its number comes,
+// and a warp loads what it needs until none of it is empty. (NCCL's low-latency protocols send flag and data together;
+// here the data is its own flag.) There are four such arrays, used by turns. When a block has read the one of step s,
+// all have written it, so all have read that of s - 1, which the block may empty where it wrote. The fence after that
+// lets others see it before what the block publishes next, for s + 2, and so before they look there for s + 3.
 #pragma once
 
 #include "plan.h"
@@ -17,14 +19,14 @@
 namespace rnnfast {
 inline namespace RNNFAST_ISA {
 
+constexpr int kPublications = 4;
+
 // Where the blocks of a group meet.
 template <typename E>
 struct Meeting {
-  unsigned* arrived;  // [groups][blocks]
-  E* published;       // [2][groups, sequences, k]
-  int64_t size;       // elements of one of the two
-  int64_t zeros;      // of T: both of these, zero at first
-  E* weights;         // of the streamed schedule: [blocks][rows, k]
+  E* published;  // [kPublications][groups, sequences, k]
+  int64_t size;  // elements of one of them
+  E* weights;    // of the streamed schedule: [blocks][rows, k]
 };
 
 template <typename T, typename E>
@@ -39,7 +41,30 @@ struct ResidentParams {
 };
 
 // The numbers of barriers, for tests that leave one out.
-enum Barrier { kStaged = 1, kMultiplied = 2, kPublished = 3 };
+enum Barrier { kStaged = 1, kMultiplied = 2, kTaken = 3, kLoaded = 4 };
+
+// A number as it is published: none has all bits ones, which some NaN have.
+template <typename E>
+struct Publication {
+  using Bits = std::conditional_t<sizeof(E) == 2, uint16_t, uint32_t>;
+  static constexpr Bits kEmpty = static_cast<Bits>(-1);
+
+  RNNFAST_FUNCTION static Bits of(float x) {
+    Bits bits;
+    if constexpr (sizeof(E) == 2)
+      bits = narrow<E>(x).bits;
+    else
+      bits = float_to_bits(x);
+    return bits == kEmpty ? kEmpty >> 1 : bits;
+  }
+  // Whether none of the numbers in a register is missing: no half of 16 bits is all ones, or not all are.
+  RNNFAST_FUNCTION static bool is_there(uint32_t x) {
+    return sizeof(E) == 2 ? ((~x - 0x00010001u) & x & 0x80008000u) == 0 : x != kEmpty;
+  }
+  RNNFAST_FUNCTION static bool is_there(const Piece& x) {
+    return is_there(x.x) && is_there(x.y) && is_there(x.z) && is_there(x.w);
+  }
+};
 
 // D [rows, sequences] = A [rows, k] B [k, sequences] by the whole block, its sum over k in `splits` parts. A lies in
 // shared memory where weight_place says, B is [sequences, k] in global memory, of which each warp loads what it needs.
@@ -98,9 +123,19 @@ struct BlockProduct {
             next[i][j] =
                 load_published(reinterpret_cast<const Piece*>(b + j * kTileColumns * plan.k + int64_t{k + i} * kDepth));
     };
+    const auto is_there = [&] {
+      bool all = true;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) all &= Publication<E>::is_there(next[i][j]);
+      return all;
+    };
     load(begin);
 #pragma unroll 1
     for (int k = begin; k < end; k += kAhead) {
+      while (!is_there()) look_again(), load(k);
+      rejoin_warp();
       Piece now[kAhead][kTiles];
 #pragma unroll
       for (int i = 0; i < kAhead; ++i)
@@ -142,15 +177,24 @@ struct BlockProduct {
                                       int end, int lane) const {
     const int row = part * 32 + lane;
     float sum[kSequences] = {};
-    E next[kSequences];
+    uint32_t next[kSequences];
     const auto load = [&](int piece) {
 #pragma unroll
-      for (int n = 0; n < kSequences; ++n) next[n] = load_published(factor + n * plan.k + piece * kPieces + lane);
+      for (int n = 0; n < kSequences; ++n)
+        next[n] = load_published(reinterpret_cast<const uint32_t*>(factor + n * plan.k + piece * kPieces + lane));
+    };
+    const auto is_there = [&] {
+      bool all = true;
+#pragma unroll
+      for (int n = 0; n < kSequences; ++n) all &= Publication<E>::is_there(next[n]);
+      return all;
     };
     load(begin);
     for (int piece = begin; piece < end; ++piece) {
+      while (!is_there()) look_again(), load(piece);
+      rejoin_warp();
 #pragma unroll
-      for (int n = 0; n < kSequences; ++n) stage[n * kPieces + lane] = widen(next[n]);
+      for (int n = 0; n < kSequences; ++n) stage[n * kPieces + lane] = bits_to_float(next[n]);
       warp_barrier<kStaged>();
       if (piece + 1 < end) load(piece + 1);
       const E* w = weights + int64_t{piece} * kPieces * rows + row;
@@ -191,11 +235,28 @@ RNNFAST_FUNCTION E as_factor(E x) {
   return x;
 }
 
+template <typename E>
+struct EmptyParams {
+  E* published;
+  int64_t count, rows, used_rows, k, terms;  // threads are [kPublications, rows, k]
+};
+
+// Before the first step: empty where a number will come, else zero.
+template <typename E>
+RNNFAST_KERNEL void empty_published(EmptyParams<E> p) {
+  using Bits = typename Publication<E>::Bits;
+  const int64_t i = global_thread();
+  if (i >= p.count) return;
+  const bool is_used = i % p.k < p.terms && i / p.k % p.rows < p.used_rows;
+  reinterpret_cast<Bits*>(p.published)[i] = is_used ? Publication<E>::kEmpty : Bits{0};
+}
+
 template <typename Cell, typename E, bool kPlain, bool kTensor, int kTiles>
 struct Resident {
   using T = float;
   using Params = ResidentParams<T, E>;
   using U = Unit<Cell, T, E, kPlain>;
+  using Bits = typename Publication<E>::Bits;
   static constexpr int kGates = Cell::kGates, kSlots = Cell::kSlots, kSequences = kTiles * kTileColumns;
 
   // One of the thread's own: unit u, the block's v-th, of sequence n, the group's i-th.
@@ -212,7 +273,6 @@ struct Resident {
   const int member, group;
   const int64_t n0, u0;
   float *partial, *bias, *stage;
-  unsigned* arrived;
 
   RNNFAST_FUNCTION explicit Resident(const Params& params)
       : k(params),
@@ -223,8 +283,7 @@ struct Resident {
         u0(int64_t{member} * params.plan.units),
         partial(reinterpret_cast<float*>(shared_memory() + params.memory.partial)),
         bias(reinterpret_cast<float*>(shared_memory() + params.memory.bias)),
-        stage(reinterpret_cast<float*>(shared_memory() + params.memory.piece)),
-        arrived(params.meeting.arrived + int64_t{group} * params.plan.blocks) {}
+        stage(reinterpret_cast<float*>(shared_memory() + params.memory.piece)) {}
 
   RNNFAST_FUNCTION void find_pairs(Pair (&pairs)[kPairs]) const {
 #pragma unroll
@@ -249,44 +308,63 @@ struct Resident {
     block_barrier<kMultiplied>();
   }
 
-  // weight(row, k) of the block to its place; zero past the end of either. kAlongRows: neighbours in memory are rows.
-  // Several are on the way at once. Of the streamed schedule all groups write the same.
+  // Weights to their places: weight(row, term) is the address of one, valid for `real` numbers along a line and
+  // `lines` lines; all past them are zero. Numbers that follow each other in memory are terms of a row, or with
+  // kAlongRows rows of a term. Of the streamed schedule all groups write the same.
   template <bool kAlongRows, typename Product, typename F>
-  RNNFAST_FUNCTION void store_weights(const Product& product, int terms, F weight) const {
-    constexpr int kAtOnce = 8;
+  RNNFAST_FUNCTION void store_weights(const Product& product, int real, int lines, F weight) const {
+    constexpr int kLength = 16 / static_cast<int>(sizeof(E)), kAtOnce = 4;
+    struct alignas(16) Stretch {
+      E of[kLength];
+    };
+    const int length = (kAlongRows ? product.rows : static_cast<int>(k.plan.k)) / kLength;
+    const int count = length * (kAlongRows ? static_cast<int>(k.plan.k) : product.rows);
+    const bool is_aligned = k.p.size.H % kLength == 0 && reinterpret_cast<uintptr_t>(k.p.w_hh) % 16 == 0;
     E* to = weights();
-    const int rows = product.rows, all = static_cast<int>(k.plan.k), count = rows * all;
     for (int first = thread_index(); first < count; first += kAtOnce * kResidentThreads) {
-      E loaded[kAtOnce];
+      Stretch loaded[kAtOnce];
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        const int i = first + j * kResidentThreads;
-        const int row = kAlongRows ? i % rows : i / all, term = kAlongRows ? i / rows : i % all;
-        const E* w = i < count && term < terms ? weight(row, term) : nullptr;
-        loaded[j] = w ? as_factor<kTensor>(*w) : narrow<E>(0.0f);
+        const int i = first + j * kResidentThreads, line = i / length, begin = i % length * kLength;
+        const auto address = [&](int place) { return kAlongRows ? weight(place, line) : weight(line, place); };
+        loaded[j] = {};
+        if (line >= lines || i >= count) continue;
+        if (is_aligned && begin + kLength <= real)
+          loaded[j] = *reinterpret_cast<const Stretch*>(address(begin));
+        else
+          for (int place = begin; place < real && place < begin + kLength; ++place)
+            loaded[j].of[place - begin] = *address(place);
       }
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        const int i = first + j * kResidentThreads;
-        if (i < count)
-          to[kAlongRows ? product.weight_place(i % rows, i / rows) : product.weight_place(i / all, i % all)] =
-              loaded[j];
+        const int i = first + j * kResidentThreads, line = i / length, begin = i % length * kLength;
+        if (i >= count) continue;
+#pragma unroll
+        for (int e = 0; e < kLength; ++e)
+          to[kAlongRows ? product.weight_place(begin + e, line) : product.weight_place(line, begin + e)] =
+              as_factor<kTensor>(loaded[j].of[e]);
       }
     }
   }
 
-  // What is published after, or in backward before, so many steps.
-  RNNFAST_FUNCTION E* published(int64_t steps, int64_t n) const {
-    return k.meeting.published + steps % 2 * k.meeting.size + n * k.plan.k;
+  // Where the numbers of sequence n lie that the product of a step takes.
+  RNNFAST_FUNCTION E* published(int64_t step, int64_t n) const {
+    return k.meeting.published + (step + kPublications) % kPublications * k.meeting.size + n * k.plan.k;
   }
-  RNNFAST_FUNCTION void arrive(int64_t round) const {
-    if (k.plan.blocks == 1)
-      block_barrier<kPublished>();
-    else
-      group_arrive<kPublished>(k.plan.cluster, arrived + member, static_cast<unsigned>(round));
+  RNNFAST_FUNCTION void publish(int64_t step, const Pair& pair, int64_t term, float x) const {
+    store_published(reinterpret_cast<Bits*>(published(step, pair.n) + term), Publication<E>::of(x));
   }
-  RNNFAST_FUNCTION void wait(int64_t round) const {
-    if (k.plan.blocks > 1) group_wait<kPublished>(k.plan.cluster, arrived, k.plan.blocks, static_cast<unsigned>(round));
+  // Takes back what the thread published for a step that all have done with.
+  template <int kCount, typename F>
+  RNNFAST_FUNCTION void empty(int64_t step, const Pair (&pairs)[kPairs], F term) const {
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j)
+      if (pairs[j].exists)
+#pragma unroll
+        for (int q = 0; q < kCount; ++q)
+          store_published(reinterpret_cast<Bits*>(published(step, pairs[j].n) + term(pairs[j].u, q)),
+                          Publication<E>::kEmpty);
+    publication_fence();
   }
 
   RNNFAST_FUNCTION int64_t time(int64_t step) const { return k.p.reverse ? k.p.size.T - 1 - step : step; }
@@ -294,11 +372,12 @@ struct Resident {
   RNNFAST_FUNCTION void forward() const {
     const int64_t H = k.p.size.H;
     const BlockProduct<E, kTensor, kTiles, kGates> product{k.plan, k.plan.rows};
-    // Rows are [units / 16][gate][16 units]: all gates of a unit in tiles of one shape.
-    store_weights<false>(product, static_cast<int>(H), [&](int row, int term) -> const E* {
+    // Rows are [units / 16][gate][16 units]: all gates of a unit in tiles of one shape. Those past the end are never
+    // looked at, so they may hold the last unit's.
+    store_weights<false>(product, static_cast<int>(H), product.rows, [&](int row, int term) {
       const int64_t u = u0 + row / (kTileRows * kGates) * kTileRows + row % kTileRows;
       const int gate = row / kTileRows % kGates;
-      return u < H ? k.p.w_hh + (unit.recurrent_gate(gate) * H + u) * H + term : nullptr;
+      return k.p.w_hh + (unit.recurrent_gate(gate) * H + (u < H ? u : H - 1)) * H + term;
     });
     for (int v = thread_index(); v < k.plan.units; v += kResidentThreads) {
       T slot[kSlots] = {};
@@ -310,10 +389,10 @@ struct Resident {
     Pair pairs[kPairs];
     typename U::Ahead ahead[kPairs];
     find_pairs(pairs);
-    const auto publish = [&](int64_t steps) {
+    const auto publish_all = [&](int64_t step) {
 #pragma unroll
       for (int j = 0; j < kPairs; ++j)
-        if (pairs[j].exists) published(steps, pairs[j].n)[pairs[j].u] = narrow<E>(pairs[j].mask * pairs[j].state.h);
+        if (pairs[j].exists) publish(step, pairs[j], pairs[j].u, pairs[j].mask * pairs[j].state.h);
     };
     const auto look_ahead = [&](int64_t step) {
 #pragma unroll
@@ -326,12 +405,11 @@ struct Resident {
         const int64_t i = pairs[j].n * H + pairs[j].u;
         pairs[j].state = {k.s.h[i], Cell::kHasCell ? k.s.c[i] : T{}};
       }
-    publish(k.step0);
-    arrive(1);
+    publish_all(k.step0);
     look_ahead(k.step0);
+    block_barrier<kLoaded>();
     for (int64_t step = k.step0; step < k.step1; ++step) {
-      const int64_t t = time(step), round = step - k.step0 + 1;
-      wait(round);
+      const int64_t t = time(step);
       multiply(product, step);
       T slot[kPairs][kSlots];
       typename U::Carried made[kPairs];
@@ -348,12 +426,15 @@ struct Resident {
         made[j] = unit.apply(t, pair.n, pair.u, slot[j], pair.state);
         pair.state = ahead[j].is_reset_after ? typename U::Carried{} : made[j];
       }
-      publish(step + 1);
-      if (step + 1 < k.step1) arrive(round + 1);
+      if (step + 1 < k.step1) {
+        publish_all(step + 1);
+        look_ahead(step + 1);
+        empty<1>(step - 1, pairs, [](int64_t u, int) { return u; });
+      }
 #pragma unroll
       for (int j = 0; j < kPairs; ++j)
         if (has_step[j]) unit.store(t, pairs[j].n, pairs[j].u, slot[j], made[j]);
-      if (step + 1 < k.step1) look_ahead(step + 1);
+      block_barrier<kTaken>();  // the product, before the next is put there
     }
 #pragma unroll
     for (int j = 0; j < kPairs; ++j)
@@ -367,13 +448,13 @@ struct Resident {
   RNNFAST_FUNCTION void backward() const {
     const int64_t H = k.p.size.H;
     const BlockProduct<E, kTensor, kTiles, 1> product{k.plan, k.plan.rows};
-    store_weights<true>(product, static_cast<int>(kGates * H), [&](int row, int term) -> const E* {
-      return u0 + row < H ? k.p.w_hh + term * H + u0 + row : nullptr;
-    });
+    store_weights<true>(product, static_cast<int>(H - u0), static_cast<int>(kGates * H),
+                        [&](int row, int term) { return k.p.w_hh + term * H + u0 + row; });
 
     Pair pairs[kPairs];
-    typename U::AheadBackward ahead[kPairs];
+    typename U::AheadBackward ahead[kPairs] = {};
     find_pairs(pairs);
+    const auto term_of = [&](int64_t u, int q) { return unit.recurrent_gate(q) * H + u; };
     const auto look_ahead = [&](int64_t step) {
 #pragma unroll
       for (int j = 0; j < kPairs; ++j)
@@ -385,11 +466,15 @@ struct Resident {
         const int64_t i = pairs[j].n * H + pairs[j].u;
         pairs[j].state = {k.s.dh[i], Cell::kHasCell ? k.s.dc[i] : T{}};
       }
+    const auto complete_all = [&] {
+#pragma unroll
+      for (int j = 0; j < kPairs; ++j) U::complete(ahead[j]);
+    };
     look_ahead(k.step1 - 1);
-    block_barrier<kPublished>();  // the weights
+    complete_all();
+    block_barrier<kLoaded>();
     for (int64_t step = k.step1 - 1;; --step) {
       if (step + 1 < k.step1) {  // what comes through the recurrent product of the step after
-        wait(k.step1 - 1 - step);
         multiply(product, step + 1);
 #pragma unroll
         for (int j = 0; j < kPairs; ++j)
@@ -401,21 +486,21 @@ struct Resident {
       }
       if (step < k.step0) break;
       const int64_t t = time(step);
+      const bool is_last = step == k.step0 && !k.p.dh0;
       T fed[kPairs];
 #pragma unroll
       for (int j = 0; j < kPairs; ++j) {
         Pair& pair = pairs[j];
         if (!pair.exists) continue;
-        E* to = published(step, pair.n) + pair.u;
         if (ahead[j].has_step) {
           fed[j] = pair.mask * ahead[j].h_prev;
           unit.differentiate(t, pair.n, pair.u, ahead[j], pair.state);
         }
+        if (is_last) continue;
 #pragma unroll
         for (int q = 0; q < kGates; ++q)
-          to[unit.recurrent_gate(q) * H] = narrow<E>(ahead[j].has_step ? ahead[j].slot[Cell::kRecurrent + q] : T{});
+          publish(step, pair, term_of(pair.u, q), ahead[j].has_step ? ahead[j].slot[Cell::kRecurrent + q] : T{});
       }
-      if (step > k.step0 || k.p.dh0) arrive(k.step1 - step);
 #pragma unroll
       for (int j = 0; j < kPairs; ++j)
         if (pairs[j].exists && ahead[j].has_step) {
@@ -423,10 +508,11 @@ struct Resident {
 #pragma unroll
           for (int q = 0; q < kGates; ++q) unit.set_gate(t, pairs[j].n, pairs[j].u, q, ahead[j].slot);
         }
-      if (step > k.step0)
-        look_ahead(step - 1);
-      else if (!k.p.dh0)
-        break;
+      if (is_last) break;
+      if (step > k.step0) look_ahead(step - 1);
+      empty<kGates>(step + 2, pairs, term_of);
+      complete_all();
+      block_barrier<kTaken>();
     }
 #pragma unroll
     for (int j = 0; j < kPairs; ++j)

@@ -71,7 +71,9 @@ struct Unit {
   };
   struct AheadBackward {
     bool has_step, is_reset_after;
-    T slot[kSlots];  // as kept
+    T slot[kSlots];         // as kept
+    T slot_before[kSlots];  // the step before's, where h_prev is yet to be made of them
+    bool makes_h_prev;
     T h_prev, c, c_prev;
     T doutput, dall_c;
   };
@@ -344,9 +346,28 @@ struct Unit {
       if (given(p.dall_c.data)) ahead.dall_c = widen(at(p.dall_c, t, n, u));
     }
     if (is_projected()) return ahead;
-    ahead.h_prev = hidden_before(t, n, u);
+    const int64_t b = before(t);
+    if (!is_reset(t, n)) {
+      if (!has_step(b, n)) {
+        ahead.h_prev = load(p.h0, n * p.size.H + u);
+      } else if (p.hidden) {
+        ahead.h_prev = p.hidden[row(b, n) * padded(p.size.H) + u];
+      } else {
+        ahead.makes_h_prev = true;
+#pragma unroll
+        for (int k = 0; k < kSlots; ++k) ahead.slot_before[k] = *kept_slot(row(b, n), u, k);
+      }
+    }
     if (p.doutput.data) ahead.doutput = widen(at(p.doutput, t, n, u));
     return ahead;
+  }
+  // What is left to do when all has come.
+  RNNFAST_FUNCTION static void complete(AheadBackward& ahead) {
+    if (!ahead.makes_h_prev) return;
+    if constexpr (Cell::kHidden == Hidden::kOfCell)
+      ahead.h_prev = Cell::output(ahead.slot_before, ahead.c_prev);
+    else
+      ahead.h_prev = ahead.slot_before[0];
   }
   // From the gradient of the state after the step, dh and dc, to that of the state before it past the recurrent
   // product, and of the slots in their place.
@@ -375,6 +396,7 @@ struct Unit {
   RNNFAST_FUNCTION void backward(int64_t t, int64_t n, int64_t u) const {
     const int64_t H = p.size.H, r = row(t, n), i = n * H + u;
     AheadBackward ahead = load_ahead_backward(t, n, u);
+    complete(ahead);
     Carried d{is_projected() ? s.draw[i] : hidden_gradient(n, u), Cell::kHasCell ? s.dc[i] : T{}};
     const T fed = is_projected() ? T{} : mask(n, u) * ahead.h_prev;
     if (is_projected()) {

@@ -51,8 +51,6 @@ struct Machine {
   int threads = 0, thread = 0;
   int64_t block = 0;
   std::vector<Block> blocks;
-  std::vector<Meeting> clusters;
-  int cluster = 1;
 
   ucontext_t scheduler;
   struct Fiber {
@@ -119,13 +117,17 @@ void run_fibers(int64_t blocks, F body) {
   }
   std::mt19937_64 random(m.seed);
   const int64_t limit = int64_t{1} << 40;
+  std::vector<bool> is_lazy((m.fibers.size() + kWarp - 1) / kWarp);  // warps that have a turn in few rounds
+  for (size_t warp = 0; warp < is_lazy.size(); ++warp) is_lazy[warp] = random() % 4 == 0;
   while (!waiting.empty() && m.switches < limit) {
     // Rounds in an order of the seed: warps stay together in some, threads are mixed in others.
     if (random() % 2)
       std::shuffle(waiting.begin(), waiting.end(), random);
     else if (random() % 2)
       std::reverse(waiting.begin(), waiting.end());
+    const bool lazy_too = random() % 16 == 0;
     for (const size_t i : waiting) {
+      if (is_lazy[i / kWarp] && !lazy_too) continue;
       m.running = i;
       swapcontext(&m.scheduler, &m.fibers[i].context);
     }
@@ -187,6 +189,15 @@ template <typename V>
 V load_published(const V* p) {
   return *p;
 }
+template <typename V>
+void store_published(V* p, V x) {
+  *p = x;
+}
+inline void publication_fence() {}
+inline void rejoin_warp() {}
+inline void look_again() {
+  emulation::yield();
+}
 
 template <int kNumber>
 void block_barrier() {
@@ -198,32 +209,6 @@ void warp_barrier() {
   auto& m = emulation::machine();
   if (m.left_out != kNumber)
     emulation::meet(m.blocks[m.block].warp_meetings[m.thread / emulation::kWarp], emulation::kWarp);
-}
-
-template <int kNumber>
-void group_arrive(bool cluster, unsigned* own, unsigned round) {
-  auto& m = emulation::machine();
-  if (m.left_out == kNumber) return;
-  if (cluster) {
-    ++m.clusters[m.block / m.cluster].arrived;
-  } else {
-    emulation::meet(m.blocks[m.block].meeting, m.threads);
-    if (m.thread == 0) *own = round;
-  }
-}
-template <int kNumber>
-void group_wait(bool cluster, const unsigned* arrived, int blocks, unsigned round) {
-  auto& m = emulation::machine();
-  if (m.left_out == kNumber) return;
-  if (cluster) {
-    // every thread arrives once a round, so the count says which rounds are over
-    const int64_t everyone = int64_t{m.threads} * m.cluster;
-    while (m.clusters[m.block / m.cluster].arrived < everyone * round) emulation::yield();
-  } else {
-    if (m.thread < blocks)
-      while (static_cast<int>(arrived[m.thread] - round) < 0) emulation::yield();
-    emulation::meet(m.blocks[m.block].meeting, m.threads);
-  }
 }
 
 // The registers of a warp are laid together, multiplied as the hardware does, and handed back.
@@ -272,7 +257,6 @@ void launch(const Launch& how, void (*kernel)(Params), const Params& params) {
   }
   ++m.barrier_launches;
   // Blocks that need not run at once run one after the other.
-  m.cluster = how.cluster > 0 ? how.cluster : 1;
   const int64_t warps = (how.threads + emulation::kWarp - 1) / emulation::kWarp;
   m.blocks.assign(how.blocks, {});
   for (auto& block : m.blocks) {
@@ -280,7 +264,6 @@ void launch(const Launch& how, void (*kernel)(Params), const Params& params) {
     block.warp_meetings.resize(warps);
     block.tiles.resize(warps);
   }
-  m.clusters.assign(how.blocks / m.cluster, {});
   emulation::run_fibers(how.blocks, [&] { kernel(params); });
 }
 
