@@ -4,7 +4,8 @@ A test runs on a CUDA device too, where there is one and the build has kernels f
 ``device`` or ``kernel``, or, in a file that says ``usefixtures("default_device")``, without a word of its own: what it
 makes is made on the device. ``cpu_only`` takes a test of such a file out.
 
-``RNNFAST_TEST_PROFILE``: ``quick`` (default; the same examples every time) or ``deep`` (many, new ones each time).
+``RNNFAST_TEST_PROFILE``: ``quick`` (default; the same examples every time), ``device`` (fewer: on a CUDA device each
+costs many launches) or ``deep`` (many, new ones each time).
 """
 
 import os
@@ -20,6 +21,7 @@ from rnnfast import _C
 # Shared and noisy machines: no deadlines. A fixture of this suite names a kernel; it is the same for every example.
 _shared = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 settings.register_profile("quick", max_examples=20, derandomize=True, **_shared)
+settings.register_profile("device", max_examples=8, derandomize=True, **_shared)
 settings.register_profile("deep", max_examples=1000, print_blob=True, **_shared)
 settings.load_profile(os.environ.get("RNNFAST_TEST_PROFILE", "quick"))
 
@@ -61,12 +63,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip cells without CUDA kernels where a test would run them on CUDA."""
+    """Skip on CUDA what has no kernels or no meaning there, and what ``few_cells_on_cuda`` leaves out."""
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         values = [value for value in params.values() if isinstance(value, str)]
-        if "cuda" in values and CPU_CELLS.intersection(values):
+        if "cuda" not in values:
+            continue
+        few = item.get_closest_marker("few_cells_on_cuda") is not None
+        if CPU_CELLS.intersection(values):
             item.add_marker(pytest.mark.skip(reason="this cell has no kernels on CUDA"))
+        elif params.get("threads", 1) != 1:
+            item.add_marker(pytest.mark.skip(reason="a device has no threads of ours"))
+        elif few and params["cell"] not in FEW_CELLS:
+            item.add_marker(pytest.mark.skip(reason="not for all cells on CUDA: few_cells_on_cuda"))
 
 
 @pytest.fixture(autouse=True)

@@ -129,12 +129,13 @@ def evaluate_module(module: nn.Module, x: Any, *state: Any) -> Results:
 
 def assert_agree(theirs: nn.Module, ours: nn.Module, x: Any, *state: Any) -> None:
     """float64: equal to rounding; other dtypes: by the tolerance rule. Also the structure around the numbers."""
-    assert_same_structure(theirs(x, *state), ours(x, *state))
-    torchs, results = evaluate_module(theirs, x, *state), evaluate_module(ours, x, *state)
+    their_state = [map_tensors(value, torch.Tensor.contiguous) for value in state]  # cuDNN takes no other
+    assert_same_structure(theirs(x, *their_state), ours(x, *state))
+    torchs, results = evaluate_module(theirs, x, *their_state), evaluate_module(ours, x, *state)
     if tensors_of(x)[0].dtype == torch.float64:
         assert_same(results, torchs)
         return
-    doubles = [map_tensors(value, torch.Tensor.double) for value in (x, *state)]
+    doubles = [map_tensors(value, torch.Tensor.double) for value in (x, *their_state)]
     assert_as_accurate(results, torchs, evaluate_module(copy.deepcopy(theirs).double(), *doubles))
 
 

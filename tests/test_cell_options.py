@@ -358,13 +358,21 @@ def test_compile_and_export(name):
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_in_a_language_model(name):
-    """Look-up of tokens, and the C++ loop that writes: what feeding tokens one by one gives."""
-    torch.manual_seed(0)
+def test_look_up_in_a_language_model(name):
+    """Tokens give what their one-hot rows give."""
     model = rnnfast.RNNLM(make(name, 11, 16), 11).eval()
     prompt = torch.tensor([1, 5, 2, 7])
     rows = torch.nn.functional.one_hot(prompt, 11).float()
     torch.testing.assert_close(model(prompt)[0], model.output(model.rnn(rows)[0]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.cpu_only("the loop runs on the CPU")
+@pytest.mark.parametrize("name", CELLS)
+def test_generation_by_a_language_model(name):
+    """The C++ loop that writes: what feeding tokens one by one gives."""
+    torch.manual_seed(0)
+    model = rnnfast.RNNLM(make(name, 11, 16), 11).eval()
+    prompt = torch.tensor([1, 5, 2, 7])
     written, _ = model.generate(prompt, 6)
     tokens = prompt
     for _ in range(6):

@@ -162,7 +162,7 @@ def test_export(layer, dtype):
 def test_export_of_packed_input_is_refused():
     """Lengths that only the data knows: the error says what to do instead."""
     layer = rnnfast.GRU(I, H)
-    packed = pack_padded_sequence(torch.randn(T, N, I), torch.tensor([5, 3, 2]))
+    packed = pack_padded_sequence(torch.randn(T, N, I), torch.tensor([5, 3, 2], device="cpu"))
 
     class Packed(torch.nn.Module):
         def __init__(self) -> None:

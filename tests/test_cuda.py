@@ -1,7 +1,12 @@
 """What only a CUDA device has: streams, graphs, a second device, tf32, and arguments that lie on two devices."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
+from pairs import make
 from strategies import Case
 
 import rnnfast
@@ -47,19 +52,34 @@ def test_another_stream(layer):
     assert_equal(have, want)
 
 
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Raise where torch itself would make the host wait for the device."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:  # the mode is the whole process's
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_call_waits_for_nothing(layer):
     """The host is not held up, also by what it must send to the device for packed and padded batches."""
     x, lengths = torch.randn(T, N, I, device="cuda"), torch.randint(1, T + 1, (N,))
     packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
     resets = torch.rand(T, N, device="cuda") < 0.2
-    for call in (lambda: layer(x), lambda: layer(packed), lambda: layer(x, lengths=lengths, resets=resets)):
-        call()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            output, _ = call()
-            (output if isinstance(output, torch.Tensor) else output.data).sum().backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+
+    def step(*arguments, **options) -> None:
+        output, _ = layer(*arguments, **options)
+        (output if isinstance(output, torch.Tensor) else output.data).sum().backward()
+
+    for arguments, options in (((x,), {}), ((packed,), {}), ((x,), {"lengths": lengths, "resets": resets})):
+        step(*arguments, **options)  # what is made once
+        with waiting_is_an_error():
+            step(*arguments, **options)
+    with pytest.raises(RuntimeError, match="called a synchronizing CUDA operation"), waiting_is_an_error():
+        x.sum().item()
 
 
 def test_graph_of_inference(layer):
@@ -80,6 +100,8 @@ def test_graph_of_inference(layer):
             assert torch.equal(output, layer(static)[0])
 
 
+# The helper captures on another stream than it warms up on, and the last round of that is still alive then.
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match:UserWarning")
 def test_graph_of_training(layer):
     """Forward and backward captured by torch's own helper."""
     x = torch.randn(T, N, I, device="cuda", requires_grad=True)
@@ -93,6 +115,36 @@ def test_graph_of_training(layer):
         assert torch.equal(gradient, want[1])
 
 
+def test_graph_of_a_training_step(layer):
+    """A whole step captured as torch's notes say: warmed up on a side stream, gradients None before the capture.
+
+    On the same stream, and with nothing left of the rounds before, so that no node of theirs is met again.
+    """
+    static = torch.randn(T, N, I, device="cuda")
+
+    def step() -> torch.Tensor:
+        layer.zero_grad(set_to_none=True)
+        output, _ = layer(static)
+        output.square().sum().backward()
+        return output.detach()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        output = step()
+    gradients = [parameter.grad for parameter in layer.parameters()]
+    for _ in range(3):
+        static.copy_(torch.randn(T, N, I, device="cuda"))
+        graph.replay()
+        want_output, _, *want = train(layer, static)
+        assert_equal([output, *gradients], [want_output, *want])
+
+
 def test_lengths_are_refused_by_a_graph(layer):
     """Their values are read on the host, once: a graph that runs again would know nothing of others."""
     x, lengths = torch.randn(T, N, I, device="cuda"), torch.full((N,), T - 1)
@@ -103,6 +155,16 @@ def test_lengths_are_refused_by_a_graph(layer):
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         layer(x, lengths=lengths)
+
+
+@pytest.mark.parametrize("name", [cell["name"] for cell in _C.cells() if cell["on_cuda"]])
+def test_a_layer_moves(name):
+    """Made on the CPU, moved to the device, and there to float64: at each move torch.nn lays its weights out anew."""
+    layer = make(name, I, H, num_layers=2)
+    x = torch.randn(T, N, I)
+    want, _ = layer(x)
+    torch.testing.assert_close(layer.to("cuda")(x.to("cuda"))[0].cpu(), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.double()(x.to("cuda").double())[0].cpu().float(), want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two CUDA devices")

@@ -204,7 +204,7 @@ def test_scaling():
     torch.testing.assert_close(model.spread, torch.stack([series[..., 0].std(correction=0), torch.tensor(1.0)]))
     other = RNNAutoRegression(rnnfast.GRU(2, 4))
     other.load_state_dict(model.state_dict())
-    assert other.forecast(series, 3).mean.equal(model.forecast(series, 3).mean)
+    assert other(series)[0].mean.equal(model(series)[0].mean)
     assert (model(series)[0].mean[..., 1] - 2).abs().max() < 2
 
 

@@ -75,6 +75,7 @@ def test_tokens_with_two_threads(cell):
 
 
 @on_device
+@pytest.mark.few_cells_on_cuda
 @pytest.mark.parametrize("kind", ["padded", "packed", "step"])
 def test_tokens_pass_opcheck_and_double_backward(cell, kind):
     tokens, dense = token_call(cell, 3, 2, 5, 4, kind=kind)

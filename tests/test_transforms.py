@@ -502,7 +502,7 @@ def test_training_through_vmap():
 
 def test_mapped_packed_lengths_are_refused():
     """batch_sizes that differ from example to example give results of different sizes."""
-    sizes = torch.tensor([[2, 1], [1, 1]])
+    sizes = torch.tensor([[2, 1], [1, 1]], device="cpu")
     w = torch.randn(H, I), torch.randn(H, H)
     with pytest.raises(RuntimeError, match="batch_sizes"):
         vmap(lambda s, x: rnnfast.ops.rnn_tanh(x, None, *w, batch_sizes=s)[0])(sizes, torch.randn(2, 3, I))
