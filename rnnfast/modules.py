@@ -247,6 +247,11 @@ class GRU(torch.nn.GRU):
         """Run the layer over a sequence; see the class."""
         return forward_layer(self, input, hx, resets, lengths)
 
+    def flatten_parameters(self) -> None:
+        """Lay the weights together for cuDNN, as torch.nn does: those of torch.nn's cell, as others are of other sizes."""
+        if self._variant is None:
+            _TorchGRU.flatten_parameters(self)
+
     def reset_parameters(self) -> None:
         """Give all parameters their first values anew."""
         _TorchGRU.reset_parameters(self)
@@ -408,6 +413,11 @@ class LSTM(torch.nn.LSTM):
     ) -> Any:
         """Run the layer over a sequence; see the class."""
         return forward_layer(self, input, hx, resets, lengths, return_cells)
+
+    def flatten_parameters(self) -> None:
+        """Lay the weights together for cuDNN, as torch.nn does: those of torch.nn's cell, as others are of other sizes."""
+        if self._variant is None:
+            _TorchLSTM.flatten_parameters(self)
 
     def reset_parameters(self) -> None:
         """Give all parameters their first values anew."""

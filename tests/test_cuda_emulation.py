@@ -38,7 +38,7 @@ class Device:
 
 
 # One whose blocks hold all weights; with less memory than the real ones, so that small layers too are shared out to
-# several blocks, also with few multiprocessors; without such kernels.
+# several blocks, also with few multiprocessors; one without such kernels.
 DEVICES = {
     "roomy": Device(),
     "hopper": Device(block_memory=44 * 1024),
@@ -177,6 +177,8 @@ def test_resident_kernels(emulation, name, variant, device):
 @pytest.mark.parametrize("kilobytes", {"resident": 24, "streamed": 12}.items(), ids=lambda x: x[0])
 def test_tensor_cores(emulation, name, dtype, variant, kilobytes):
     """Products by tiles of 16-bit numbers, and of float32 rounded to tf32; weights in shared memory and streamed."""
+    if (name, variant) == ("rnn_relu", "groups"):
+        pytest.skip("of so many numbers some come so near to the kink of relu that either slope is right")
     device = Device(block_memory=kilobytes[1] * (2 if dtype == "tf32" else 1) * 1024, tf32=dtype == "tf32")
     call = resident_call(variant, name, torch.float32 if dtype == "tf32" else dtype)
     exact = exact_results(call)
@@ -191,11 +193,16 @@ def test_tensor_cores(emulation, name, dtype, variant, kilobytes):
         assert error <= bound, f"{key}: error {error:.3g}, allowed {bound:.3g}"
 
 
-@pytest.mark.parametrize("barrier", {"staged": 1, "multiplied": 2, "taken": 3, "loaded": 4}.items(), ids=lambda b: b[0])
-@pytest.mark.parametrize("device", ["hopper", "ampere"])
+BARRIERS = {"staged": 1, "multiplied": 2, "taken": 3, "loaded": 4}  # as resident.h numbers them; the last of forward
+
+
+@pytest.mark.parametrize("barrier", BARRIERS)
+@pytest.mark.parametrize("device", ["hopper", "roomy"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_a_missing_barrier_is_noticed(emulation, barrier, device, backward):
     """Without any one barrier some order of threads gives wrong numbers; with all of them no order does."""
+    if backward and barrier == "loaded":
+        pytest.skip("backward has no such barrier")
     call = Case("lstm", T=6, N=3, I=3, H=40).call(torch.float32).with_grad()
     wanted = evaluate(call, call.reference())
 
@@ -212,7 +219,7 @@ def test_a_missing_barrier_is_noticed(emulation, barrier, device, backward):
         )
 
     assert all(is_right(-1, seed) for seed in range(4))
-    assert not all(is_right(barrier[1], seed) for seed in range(16))
+    assert not all(is_right(BARRIERS[barrier], seed) for seed in range(100))  # to the first that is wrong
 
 
 @pytest.mark.parametrize("name", TORCH_CELLS)

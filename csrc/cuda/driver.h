@@ -37,7 +37,7 @@ struct DeviceDriver : DeviceSequence<Cell, T, E> {
     arena.take(meeting.weights, plan.streamed ? int64_t{plan.blocks} * plan.rows * plan.k : 0);
     return arena.used;
   }
-  int64_t meeting_rows() const { return ceil_div(this->N, plan.sequences) * plan.sequences; }
+  int64_t meeting_rows() const { return int64_t{plan.groups} * plan.sequences; }
   int64_t meeting_scratch() const {
     Meeting<E> unused{};
     return take_meeting(nullptr, unused);
@@ -45,7 +45,7 @@ struct DeviceDriver : DeviceSequence<Cell, T, E> {
   int64_t forward_scratch() { return meeting_scratch() + this->take_forward(nullptr, this->chunk_steps()); }
   int64_t backward_scratch() { return meeting_scratch() + this->take_backward(nullptr); }
 
-  // Steps [step0, step1) of all sequences by the resident kernel, as many groups at once as the plan says.
+  // Steps [step0, step1) of all sequences by the resident kernel.
   template <bool kBackward>
   void run_resident(int64_t step0, int64_t step1) const {
     if constexpr (sizeof(T) == 4 && Cell::kHasResident) {
@@ -60,15 +60,10 @@ struct DeviceDriver : DeviceSequence<Cell, T, E> {
       launch(Launch{ceil_div(to_empty.count, Base::kThreads), Base::kThreads, this->p.device.stream},
              empty_published<E>, to_empty);
       const ResidentMemory memory(plan, Cell::kSlots, sizeof(E));
-      ResidentParams<T, E> params{this->p, this->s, plan, memory, step0, step1, 0, meeting};
-      const int64_t groups = ceil_div(this->N, plan.sequences);
-      for (int64_t group = 0; group < groups; group += plan.groups) {
-        const int64_t now = groups - group < plan.groups ? groups - group : plan.groups;
-        Launch how{now * plan.blocks, kResidentThreads, this->p.device.stream, plan.shared_bytes, true};
-        how.cooperative = plan.blocks > 1;
-        params.first_group = group;
-        launch(how, resident_kernel_of<kBackward>(), params);
-      }
+      Launch how{int64_t{plan.groups} * plan.blocks, kResidentThreads, this->p.device.stream, plan.shared_bytes, true};
+      how.cooperative = plan.blocks > 1;
+      launch(how, resident_kernel_of<kBackward>(),
+             ResidentParams<T, E>{this->p, this->s, plan, memory, step0, step1, meeting});
     }
   }
   template <bool kBackward>

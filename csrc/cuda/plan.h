@@ -30,7 +30,7 @@ struct DevicePlan {
   // of both
   bool streamed;
   bool tensor_cores;     // products of 16-bit numbers or tf32; else plain multiply-adds of float32
-  int blocks, groups;    // blocks of a group; groups that run at once
+  int blocks, groups;    // blocks of a group; all groups run at once
   int units, sequences;  // of a block; of a group
   int rows;              // of a block's weights
   int splits;            // parts of the product's sum, taken by different warps
@@ -84,26 +84,24 @@ inline DevicePlan make_device_plan(const DeviceRequest& r) {
   plan.tensor_cores = r.element_bytes == 2 || r.tf32;
   plan.k = ceil_div(r.backward ? r.gates * H : H, kPieces) * kPieces;
 
-  // Makes the plan of so many units a block and sequences a group, if it fits; says how many launches it takes.
-  const auto waves = [&](int64_t units, int64_t sequences, bool streamed) -> int64_t {
+  // Makes the plan of so many units a block and sequences a group, if there is a kernel and room for it.
+  const auto fits = [&](int64_t units, int64_t sequences, bool streamed) {
+    if (units * sequences > kPairs * kResidentThreads) return false;
+    if (!has_kernel(r.plain, plan.tensor_cores, static_cast<int>(sequences))) return false;
     plan.streamed = streamed;
-    if (units * sequences > kPairs * kResidentThreads) return 0;
-    if (!has_kernel(r.plain, plan.tensor_cores, static_cast<int>(sequences))) return 0;
     plan.units = static_cast<int>(units), plan.sequences = static_cast<int>(sequences);
-    plan.blocks = static_cast<int>(ceil_div(H, units));
     plan.rows = plan.units * rows_per_unit;
     const int64_t tasks = plan.tensor_cores ? units / kTileRows : ceil_div(plan.rows, 32);
     plan.splits = static_cast<int>(std::clamp<int64_t>(kResidentWarps / tasks, 1, plan.k / kPieces));
     plan.shared_bytes = ResidentMemory(plan, r.slots, r.element_bytes).size;
-    if (plan.shared_bytes > r.block_memory) return 0;
-    const int64_t at_once = r.multiprocessors / plan.blocks, groups = ceil_div(N, sequences);
-    if (at_once == 0) return 0;
-    plan.groups = static_cast<int>(plan.blocks == 1 ? groups : std::min(groups, at_once));
+    const int64_t blocks = ceil_div(H, units), groups = ceil_div(N, sequences);
+    if (plan.shared_bytes > r.block_memory || blocks * groups > r.multiprocessors) return false;
+    plan.blocks = static_cast<int>(blocks), plan.groups = static_cast<int>(groups);
     plan.resident = true;
-    plan.reason = streamed           ? "the weights stay in the cache of the chip"
-                  : plan.blocks == 1 ? "the weights fit the shared memory of one block"
-                                     : "the weights fit the shared memory of blocks that all run at once";
-    return ceil_div(groups, at_once);
+    plan.reason = streamed     ? "the weights stay in the cache of the chip"
+                  : blocks > 1 ? "the weights fit the shared memory of blocks that all run at once"
+                               : "the weights fit the shared memory of one block";
+    return true;
   };
 
   // The best first: a block that meets no other, if its threads have little to do; then many blocks of few units and
@@ -117,18 +115,14 @@ inline DevicePlan make_device_plan(const DeviceRequest& r) {
                 {alone ? all_units : kTile, 2 * kColumns},
                 {kTile, kColumns},
                 {kTile, 2 * kColumns},
-                {2 * kTile, 2 * kColumns},
                 {kTile, 4 * kColumns},
+                {2 * kTile, 2 * kColumns},
                 {all_units, kColumns}};
-  // In two launches, one after the other, products of 16-bit numbers are still ahead of those outside; tf32 ones are
-  // not, nor are streamed weights for plain multiply-adds.
-  const int64_t most_waves = r.element_bytes == 2 ? 2 : 1;
-  for (int64_t most = 1; most <= most_waves; ++most)
-    for (const bool streamed : {false, true})
-      for (const auto& shape : shapes) {
-        const int64_t count = streamed && !plan.tensor_cores ? 0 : waves(shape.units, shape.sequences, streamed);
-        if (count > 0 && count <= most) return plan;
-      }
+  for (const bool streamed : {false, true}) {
+    if (streamed && !plan.tensor_cores) break;  // plain multiply-adds would wait for the weights
+    for (const auto& shape : shapes)
+      if (fits(shape.units, shape.sequences, streamed)) return plan;
+  }
   plan = DevicePlan{};
   return per_step("with so many sequences or units products outside are as fast");
 }

@@ -36,7 +36,6 @@ struct ResidentParams {
   DevicePlan plan;
   ResidentMemory memory;
   int64_t step0, step1;  // steps of this launch, in the order of work
-  int64_t first_group;   // of this launch
   Meeting<E> meeting;
 };
 
@@ -278,7 +277,7 @@ struct Resident {
       : k(params),
         unit{params.p, params.s},
         member(static_cast<int>(block_index() % params.plan.blocks)),
-        group(static_cast<int>(params.first_group + block_index() / params.plan.blocks)),
+        group(static_cast<int>(block_index() / params.plan.blocks)),
         n0(int64_t{group} * kSequences),
         u0(int64_t{member} * params.plan.units),
         partial(reinterpret_cast<float*>(shared_memory() + params.memory.partial)),
@@ -472,7 +471,7 @@ struct Resident {
     };
     look_ahead(k.step1 - 1);
     complete_all();
-    block_barrier<kLoaded>();
+    // The first product comes after a barrier in any case: the weights are there by then.
     for (int64_t step = k.step1 - 1;; --step) {
       if (step + 1 < k.step1) {  // what comes through the recurrent product of the step after
         multiply(product, step + 1);
