@@ -248,7 +248,7 @@ class GRU(torch.nn.GRU):
         return forward_layer(self, input, hx, resets, lengths)
 
     def flatten_parameters(self) -> None:
-        """Lay the weights together for cuDNN, as torch.nn does: those of torch.nn's cell, as others are of other sizes."""
+        """Lay the weights together for cuDNN, as torch.nn does, if it has this cell."""
         if self._variant is None:
             _TorchGRU.flatten_parameters(self)
 
@@ -415,7 +415,7 @@ class LSTM(torch.nn.LSTM):
         return forward_layer(self, input, hx, resets, lengths, return_cells)
 
     def flatten_parameters(self) -> None:
-        """Lay the weights together for cuDNN, as torch.nn does: those of torch.nn's cell, as others are of other sizes."""
+        """Lay the weights together for cuDNN, as torch.nn does, if it has this cell."""
         if self._variant is None:
             _TorchLSTM.flatten_parameters(self)
 

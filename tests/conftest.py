@@ -86,7 +86,7 @@ def _clean_state():
     best = _C.supported_isas()[0] if "RNNFAST_ISA" not in os.environ else _C.get_isa()
     _C.set_isa(best)
     if len(DEVICES) > 1:
-        torch.backends.cudnn.rnn.fp32_precision = "ieee"  # float32 is judged as such; what tf32 does has its own tests
+        torch.backends.cudnn.allow_tf32 = False  # float32 is judged as such; what tf32 does has its own tests
     yield
     _C.set_isa(best)
 
