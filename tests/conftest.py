@@ -20,7 +20,7 @@ from rnnfast import _C
 
 # Shared and noisy machines: no deadlines. A fixture of this suite names a kernel; it is the same for every example.
 _shared = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
-settings.register_profile("quick", max_examples=20, derandomize=True, **_shared)
+settings.register_profile("quick", max_examples=12, derandomize=True, **_shared)
 settings.register_profile("device", max_examples=8, derandomize=True, **_shared)
 settings.register_profile("deep", max_examples=1000, print_blob=True, **_shared)
 settings.load_profile(os.environ.get("RNNFAST_TEST_PROFILE", "quick"))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from agreement import TORCH_CELLS, assert_as_accurate, assert_same, cotangent, evaluate, torch_op
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import MASKS, Call, Case, cases
 
@@ -42,7 +42,6 @@ class Device:
 DEVICES = {
     "roomy": Device(),
     "hopper": Device(block_memory=44 * 1024),
-    "ampere": Device(80, 108, 44 * 1024),
     "small": Device(86, 8, 44 * 1024),
     "turing": Device(75, 40, 64 * 1024),
 }
@@ -131,6 +130,7 @@ def test_agrees(emulation, name, data):
 
 
 @pytest.mark.parametrize("name", [*TORCH_CELLS, "gru_reset_before", "lstm_coupled_peephole"])
+@settings(max_examples=8)
 @given(data=st.data())
 def test_agrees_in_float32(emulation, name, played, data):
     """Any call in float32: the schedule that the device has for it, with threads in any order."""
@@ -197,9 +197,8 @@ BARRIERS = {"staged": 1, "multiplied": 2, "taken": 3, "loaded": 4}  # as residen
 
 
 @pytest.mark.parametrize("barrier", BARRIERS)
-@pytest.mark.parametrize("device", ["hopper", "roomy"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_a_missing_barrier_is_noticed(emulation, barrier, device, backward):
+def test_a_missing_barrier_is_noticed(emulation, barrier, backward):
     """Without any one barrier some order of threads gives wrong numbers; with all of them no order does."""
     if backward and barrier == "loaded":
         pytest.skip("backward has no such barrier")
@@ -207,9 +206,9 @@ def test_a_missing_barrier_is_noticed(emulation, barrier, device, backward):
     wanted = evaluate(call, call.reference())
 
     def is_right(left_out: int, seed: int) -> bool:
-        emulation.play(DEVICES[device], seed, left_out if not backward else -1)
+        emulation.play(DEVICES["hopper"], seed, left_out if not backward else -1)
         outputs = call(call.op())
-        emulation.play(DEVICES[device], seed, left_out)
+        emulation.play(DEVICES["hopper"], seed, left_out)
         leaves = list(call.tensors.values())
         grads = torch.autograd.grad(outputs, leaves, [cotangent(y) for y in outputs])
         results = grads if backward else outputs

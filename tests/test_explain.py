@@ -139,8 +139,8 @@ def test_on_cuda():
         pytest.skip("torch sees no CUDA device, whose properties the policy asks for")
     layer = rnnfast.GRU(I, H, device="cuda")
     (plan,) = rnnfast.explain(layer, torch.randn(64, N, I, device="cuda")).plans
-    assert plan.isa == "cuda" and plan.kernel in ("per_step", "resident") and plan.reason
-    assert plan.details["backward_kernel"] in ("per_step", "resident")
+    assert plan.isa == "cuda" and plan.kernel in ("per_step", "resident", "streamed") and plan.reason
+    assert plan.details["backward_kernel"] in ("per_step", "resident", "streamed")
 
 
 def test_refusals():

@@ -58,7 +58,8 @@ struct RowOperands {
   int64_t offset, stride;
 };
 
-template <typename T, int M, int NR>
+// Of a panel of kPanel vectors, the NR that begin at b.
+template <typename T, int M, int NR, int kPanel>
 void tile(Inner inner, const T* b, const RowOperands<T>& io, Prefetch ahead) {
   using V = VectorOf<T>;
   constexpr int kLanes = Lanes<T>::kCount;
@@ -89,8 +90,8 @@ void tile(Inner inner, const T* b, const RowOperands<T>& io, Prefetch ahead) {
     int64_t k = 0;
     for (; k + 2 <= inner.length; k += 2) {
       add(0, k, b);
-      add(kSets - 1, k + 1, b + NR * kLanes);
-      b += 2 * NR * kLanes;
+      add(kSets - 1, k + 1, b + kPanel * kLanes);
+      b += 2 * kPanel * kLanes;
       if (kPrefetch) {
         if (ahead.lines > 0) __builtin_prefetch(ahead.next, 0, 2);
         for (int64_t i = 1; i < ahead.lines; ++i) __builtin_prefetch(ahead.next + i * ahead.apart, 0, 2);
@@ -99,7 +100,7 @@ void tile(Inner inner, const T* b, const RowOperands<T>& io, Prefetch ahead) {
     }
     if (k < inner.length) {
       add(0, k, b);
-      b += NR * kLanes;
+      b += kPanel * kLanes;
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) a[m] += inner.stride;
@@ -115,26 +116,26 @@ void tile(Inner inner, const T* b, const RowOperands<T>& io, Prefetch ahead) {
     }
 }
 
-template <typename T, int NR>
+template <typename T, int NR, int kPanel = NR>
 void tile_of_rows(int m, Inner inner, const T* b, const RowOperands<T>& io, Prefetch ahead) {
   constexpr int kMost = tile_rows(NR);
   switch (m) {
     case 1:
-      return tile<T, 1, NR>(inner, b, io, ahead);
+      return tile<T, 1, NR, kPanel>(inner, b, io, ahead);
     case 2:
-      return tile<T, 2, NR>(inner, b, io, ahead);
+      return tile<T, 2, NR, kPanel>(inner, b, io, ahead);
     case 3:
-      return tile<T, (kMost >= 3 ? 3 : 1), NR>(inner, b, io, ahead);
+      return tile<T, (kMost >= 3 ? 3 : 1), NR, kPanel>(inner, b, io, ahead);
     case 4:
-      return tile<T, (kMost >= 4 ? 4 : 1), NR>(inner, b, io, ahead);
+      return tile<T, (kMost >= 4 ? 4 : 1), NR, kPanel>(inner, b, io, ahead);
     case 5:
-      return tile<T, (kMost >= 5 ? 5 : 1), NR>(inner, b, io, ahead);
+      return tile<T, (kMost >= 5 ? 5 : 1), NR, kPanel>(inner, b, io, ahead);
     case 6:
-      return tile<T, (kMost >= 6 ? 6 : 1), NR>(inner, b, io, ahead);
+      return tile<T, (kMost >= 6 ? 6 : 1), NR, kPanel>(inner, b, io, ahead);
     case 7:
-      return tile<T, (kMost >= 7 ? 7 : 1), NR>(inner, b, io, ahead);
+      return tile<T, (kMost >= 7 ? 7 : 1), NR, kPanel>(inner, b, io, ahead);
     case 8:
-      return tile<T, (kMost >= 8 ? 8 : 1), NR>(inner, b, io, ahead);
+      return tile<T, (kMost >= 8 ? 8 : 1), NR, kPanel>(inner, b, io, ahead);
   }
 }
 
@@ -142,7 +143,12 @@ void tile_of_rows(int m, Inner inner, const T* b, const RowOperands<T>& io, Pref
 template <typename T, typename After>
 inline void panel_stretch(int64_t rows, int nr, Inner inner, const T* b, const RowOperands<T>& io, After after,
                           const T* next) {
-  const int64_t most = nr == 4 ? tile_rows(4) : nr == 3 ? tile_rows(3) : nr == 2 ? tile_rows(2) : tile_rows(1);
+  // Few rows would read the panel again and again: then its halves are taken one after the other.
+  constexpr bool kHalves = tile_rows(4) < 4;
+  const int64_t most = nr == 4   ? tile_rows(kHalves ? 2 : 4)
+                       : nr == 3 ? tile_rows(3)
+                       : nr == 2 ? tile_rows(2)
+                                 : tile_rows(1);
   const int64_t blocks = (rows + most - 1) / most;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t begin = i * rows / blocks, end = (i + 1) * rows / blocks;
@@ -165,7 +171,13 @@ inline void panel_stretch(int64_t rows, int nr, Inner inner, const T* b, const R
         tile_of_rows<T, 3>(m, inner, b, part, ahead);
         break;
       case 4:
-        tile_of_rows<T, 4>(m, inner, b, part, ahead);
+        if (kHalves && m > tile_rows(4)) {
+          const RowOperands<T> other{part.a, part.c_in, part.c_out, part.offset + 2 * part.stride, part.stride};
+          tile_of_rows<T, 2, 4>(m, inner, b, part, ahead);
+          tile_of_rows<T, 2, 4>(m, inner, b + 2 * Lanes<T>::kCount, other, Prefetch{ahead.next, 0, 0, 0});
+        } else {
+          tile_of_rows<T, 4>(m, inner, b, part, ahead);
+        }
         break;
     }
     after(begin, end);

@@ -125,7 +125,7 @@ void run_fibers(int64_t blocks, F body) {
       std::shuffle(waiting.begin(), waiting.end(), random);
     else if (random() % 2)
       std::reverse(waiting.begin(), waiting.end());
-    const bool lazy_too = random() % 16 == 0;
+    const bool lazy_too = random() % 8 == 0;
     for (const size_t i : waiting) {
       if (is_lazy[i / kWarp] && !lazy_too) continue;
       m.running = i;
