@@ -44,10 +44,11 @@ def format_result(run: dict[str, Any], rows: list[dict[str, str]], plot: str | N
     summary = {(group["cell"], group["mode"]): group for group in summarize(rows)}
     columns = [(cell, mode) for mode in MODES for cell in cells if (cell, mode) in summary]
     threads = "1 thread" if run["threads"] == 1 else f"{run['threads']} threads"
-    how = f", {threads}, {run['machine']} ({run['instruction_set']})" if run["device"] == "cpu" else f", {run['machine']}"
+    on_cpu = f"{threads}, {run['machine']} ({run['instruction_set']})"
+    how = on_cpu if run["device"] == "cpu" else run["machine"]
     busy = run.get("other_work_cores") or 0.0
     lines = [
-        f"{run['dtype']}{how}, torch {run['torch']}, "
+        f"{run['dtype']}, {how}, torch {run['torch']}, "
         f"commit {run['git_sha'][:12]}, {run['date'][:10]}"
         + (f" (other work kept {busy:.1f} of {run['cores']} cores busy):" if busy > 0.15 else ":"),
         "",
