@@ -60,7 +60,7 @@ def stateful_outputs(call: Call, outputs: tuple[torch.Tensor, ...]) -> list[torc
     return list(outputs[: 1 + REFERENCES[call.cell].num_states])
 
 
-@pytest.mark.few_cells_on_cuda
+@pytest.mark.few_cells
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_opcheck(cell, device, variant):
     """Schema, autograd registration, fake kernel and tracing, by torch's own checker."""

@@ -126,6 +126,7 @@ def test_16_bits(cell, device):
         torch.testing.assert_close(a.float(), b, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.few_cells
 def test_derivatives(cell, device):
     """First and second, against differences."""
     call = stacked(cell, "lengths", T=2, H=2, N=3, lengths=(2, 0, 1)).on(device)
