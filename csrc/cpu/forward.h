@@ -181,12 +181,10 @@ struct SequenceForward : SequenceLayout<Cell, T> {
             panel, panel + 1 < panel1 ? panel + 1 : panel0, RowOperands<T>{a, c, c, 0, 0},
             [&](int64_t begin, int64_t end) {
               const int64_t v0 = first_unit(panel), v1 = first_unit(panel + 1);
-              for (int64_t i = begin; i < end; ++i) {
-                if constexpr (kLateGates > 0 && !kLatePass)
-                  step_late_input(s, step, j + i, v0, v1, c[i]);
-                else if constexpr (Cell::kNorms == 0)
-                  step_cell(s, step, j + i, v0, v1, c[i]);
-              }
+              if constexpr (kLateGates > 0 && !kLatePass)
+                for (int64_t i = begin; i < end; ++i) step_late_input(s, step, j + i, v0, v1, c[i]);
+              else if constexpr (Cell::kNorms == 0)
+                step_cells(s, step, j + begin, end - begin, v0, v1, c + begin);
             },
             kLatePass ? kLateGates : kEarlyGates);
     }
@@ -212,60 +210,74 @@ struct SequenceForward : SequenceLayout<Cell, T> {
   // The cell of sequences [j0, j1), where it needs whole rows.
   void step_rows(const Scratch& s, const Chunk& chunk, int64_t step, int64_t j0, int64_t j1) const {
     const int64_t t = time(step);
-    for (int64_t j = j0; j < min(j1, p.active[t]); ++j)
-      step_cell(s, step, j, 0, unit_vectors, gates_of(s, chunk, t, j));
+    for (int64_t j = j0; j < min(j1, p.active[t]); ++j) {
+      T* const gates = gates_of(s, chunk, t, j);
+      step_cells(s, step, j, 1, 0, unit_vectors, &gates);
+    }
   }
 
   // Exactly one of the two where the share is 0 or 1.
   static V mixture(V share, V kept, V made) { return share * kept + (1 - share) * made; }
 
-  void step_cell(const Scratch& s, int64_t step, int64_t j, int64_t v0, int64_t v1, T* gates) const {
-    const int64_t t = time(step);
-    const T* h_prev = s.h[step % 2] + j * ld_p;
-    T* h_next = projected ? s.h_raw + j * ld_h : s.h[(step + 1) % 2] + j * ld_p;
-    T* output = projected || !p.output.data ? nullptr : outside(p.output, t, j);
-    T* hidden = projected || !p.training || !p.hidden ? nullptr : p.hidden + row(t, j) * ld_p;
-    T* cell = Cell::kHasCell ? s.c + j * ld_h : nullptr;
-    T* all_c = Cell::kHasCell && p.all_c.data ? outside(p.all_c, t, j) : nullptr;
-    const T* keep_h = p.keep_h.data ? outside(p.keep_h, t, j) : nullptr;
-    const T* keep_c = Cell::kHasCell && p.keep_c.data ? outside(p.keep_c, t, j) : nullptr;
-    const auto put = [&](int64_t u, V h) {
-      if (keep_h) h = mixture(load_units(keep_h, u, H), load(h_prev + u), h);
-      store(h_next + u, h);
-      if (output) store_units(output, u, H, h);
-      if (hidden) store(hidden + u, h);
-    };
-    Moments<T> of[2] = {};
-    if constexpr (Cell::kNorms > 0)
-      of[0] = moments<kGates>(Slots<T>{gates, kSlots, Cell::kInput}, H),
-      of[1] = moments<kGates>(Slots<T>{gates, kSlots, Cell::kRecurrent}, H);
-    for (int64_t v = v0; v < v1; ++v) {
-      const int64_t u = v * kLanes;
-      V slot[kSlots];
-#pragma GCC unroll 16
-      for (int i = 0; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
-#pragma GCC unroll 16
-      for (int i = 0; i < kFirstOwnSlot; ++i) slot[i] = of[i / kGates].normal(slot[i]);
-      V h, c{}, w[kVectors + 1];
-      load_vectors(s.vectors, u, w);
-      Cell::forward(slot, Cell::kHidden == Hidden::kSaved ? load(h_prev + u) : V{},
-                    Cell::kHasCell ? load(cell + u) : V{}, h, c, w);
-      if constexpr (Cell::kNorms < 3) put(u, h);
-      if (keep_c) c = mixture(load_units(keep_c, u, H), load(cell + u), c);
-      if (Cell::kHasCell) store(cell + u, c);
-      if (all_c) store_units(all_c, u, H, c);
-      if (!p.training && Cell::kNorms < 3) continue;
-#pragma GCC unroll 16
-      for (int i = kFirstOwnSlot; i < kSlots; ++i) store(gates + unit_offset(v, kSlots, i), slot[i]);
-      if (Cell::kHasCell && p.training) store(p.cells + row(t, j) * ld_h + u, c);
-    }
-    if constexpr (Cell::kNorms == 3) {
-      const Moments<T> of_c = moments<1>(Slots<T>{gates, kSlots, Cell::kC}, H);
+  // The cell of sequences [j0, j0 + rows), whose gates are given, for vectors of units [v0, v1); the new state goes to
+  // all its places.
+  void step_cells(const Scratch& s, int64_t step, int64_t j0, int64_t rows, int64_t v0, int64_t v1,
+                  T* const* gates_of_row) const {
+    // In locals: what is stored could else be what is read of *this.
+    const int64_t t = time(step), units = H, ld = ld_h, first_row = row(t, 0);
+    const bool training = p.training;
+    const T* const h_old = s.h[step % 2];
+    T* const h_new = projected ? s.h_raw : s.h[(step + 1) % 2];
+    T* const all_hidden = projected || !training ? nullptr : p.hidden;
+    for (int64_t j = j0; j < j0 + rows; ++j) {
+      T* const gates = gates_of_row[j - j0];
+      const T* const h_prev = h_old + j * ld_p;
+      T* const h_next = h_new + j * ld;
+      T* const output = projected || !p.output.data ? nullptr : outside(p.output, t, j);
+      T* const hidden = all_hidden ? all_hidden + (first_row + j) * ld : nullptr;
+      T* const cell = Cell::kHasCell ? s.c + j * ld : nullptr;
+      T* const kept_cell = Cell::kHasCell && training ? p.cells + (first_row + j) * ld : nullptr;
+      T* const all_c = Cell::kHasCell && p.all_c.data ? outside(p.all_c, t, j) : nullptr;
+      const T* const keep_h = p.keep_h.data ? outside(p.keep_h, t, j) : nullptr;
+      const T* const keep_c = Cell::kHasCell && p.keep_c.data ? outside(p.keep_c, t, j) : nullptr;
+      const auto put = [=](int64_t u, V h) {
+        if (keep_h) h = mixture(load_units(keep_h, u, units), load(h_prev + u), h);
+        store(h_next + u, h);
+        if (output) store_units(output, u, units, h);
+        if (hidden) store(hidden + u, h);
+      };
+      Moments<T> of[2] = {};
+      if constexpr (Cell::kNorms > 0)
+        of[0] = moments<kGates>(Slots<T>{gates, kSlots, Cell::kInput}, units),
+        of[1] = moments<kGates>(Slots<T>{gates, kSlots, Cell::kRecurrent}, units);
       for (int64_t v = v0; v < v1; ++v) {
-        V slot[kSlots], w[kVectors + 1];
-        for (int i = kFirstOwnSlot; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
-        load_vectors(s.vectors, v * kLanes, w);
-        put(v * kLanes, Cell::output(slot, of_c.normal(slot[Cell::kC]), w));
+        const int64_t u = v * kLanes;
+        V slot[kSlots];
+#pragma GCC unroll 16
+        for (int i = 0; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
+#pragma GCC unroll 16
+        for (int i = 0; i < kFirstOwnSlot; ++i) slot[i] = of[i / kGates].normal(slot[i]);
+        V h, c{}, w[kVectors + 1];
+        load_vectors(s.vectors, u, w);
+        Cell::forward(slot, Cell::kHidden == Hidden::kSaved ? load(h_prev + u) : V{},
+                      Cell::kHasCell ? load(cell + u) : V{}, h, c, w);
+        if constexpr (Cell::kNorms < 3) put(u, h);
+        if (keep_c) c = mixture(load_units(keep_c, u, units), load(cell + u), c);
+        if (Cell::kHasCell) store(cell + u, c);
+        if (all_c) store_units(all_c, u, units, c);
+        if (!training && Cell::kNorms < 3) continue;
+#pragma GCC unroll 16
+        for (int i = kFirstOwnSlot; i < kSlots; ++i) store(gates + unit_offset(v, kSlots, i), slot[i]);
+        if (kept_cell) store(kept_cell + u, c);
+      }
+      if constexpr (Cell::kNorms == 3) {
+        const Moments<T> of_c = moments<1>(Slots<T>{gates, kSlots, Cell::kC}, units);
+        for (int64_t v = v0; v < v1; ++v) {
+          V slot[kSlots], w[kVectors + 1];
+          for (int i = kFirstOwnSlot; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
+          load_vectors(s.vectors, v * kLanes, w);
+          put(v * kLanes, Cell::output(slot, of_c.normal(slot[Cell::kC]), w));
+        }
       }
     }
   }
