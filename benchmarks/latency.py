@@ -66,7 +66,7 @@ def onnx_step(layer: Any, dtype: torch.dtype) -> Step | None:
         return None
     is_lstm = isinstance(layer, torch.nn.LSTM)
     zeros = torch.zeros(1, 1, layer.hidden_size)
-    hx = (zeros, zeros) if is_lstm else zeros
+    hx = (zeros, zeros.clone()) if is_lstm else zeros  # torch.export takes one tensor given twice for one input
     try:
         program = torch.onnx.export(
             layer,
