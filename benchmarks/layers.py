@@ -397,7 +397,8 @@ def main(arguments: list[str] | None = None) -> int:
     seconds = options.seconds or (0.4 if options.quick else 4.0)
 
     run = describe_run(device, dtype, threads)
-    name = f"layers{'-quick' if options.quick else ''}-{run['device']}-{run['dtype']}-{threads}t"
+    where = "cuda" if device.type == "cuda" else f"cpu-{run['instruction_set']}"
+    name = f"layers{'-quick' if options.quick else ''}-{where}-{run['dtype']}-{threads}t"
     print(
         f"rnnfast {run['rnnfast']} ({'cuda' if device.type == 'cuda' else run['instruction_set']}) against torch "
         f"{run['torch']}: {run['dtype']}, {threads} thread(s), {run['machine']}"

@@ -608,7 +608,7 @@ def test_language_model_from_end_to_end(tmp_path):
 # readme_table.py
 
 
-def write_result(folder, name="layers-cpu-float32-2t", **changes):
+def write_result(folder, name="layers-cpu-avx2-float32-2t", **changes):
     row = dict.fromkeys(layers.FIELDS, "1") | {"case": "d2l", "status": "ok"}
     folder.mkdir(exist_ok=True)
     with open(folder / f"{name}.csv", "w", newline="") as file:
@@ -633,11 +633,31 @@ def test_readme_table(tmp_path, capsys):
     assert text.startswith("before\n")
     assert text.endswith(f"{readme_table.END}\nafter\n")
     assert "old" not in text
-    assert "| shape | T N I H | gru inference | gru training | lstm training |" in text
-    assert "| d2l | 1 1 1 1 | 2.00 | 3.00 | 1.50 |" in text
-    assert "| lm-h200 | 1 1 1 1 L2 | 8.00 |  |  |" in text
-    assert "| **geometric mean** | | **4.00** | **3.00** | **1.50** |" in text
-    assert "| **worst** | | **2.00** | **3.00** | **1.50** |" in text
+    assert "| run | gru inference | gru training | lstm training |" in text
+    assert " | 4.00 (2.00) | 3.00 (3.00) | 1.50 (1.50) |" in text
+    page = (results / "README.md").read_text()
+    assert "| shape | T N I H | gru inference | gru training | lstm training |" in page
+    assert "| d2l | 1 1 1 1 | 2.00 | 3.00 | 1.50 |" in page
+    assert "| lm-h200 | 1 1 1 1 L2 | 8.00 |  |  |" in page
+    assert "| **geometric mean** | | **4.00** | **3.00** | **1.50** |" in page
+    assert "| **worst** | | **2.00** | **3.00** | **1.50** |" in page
+
+
+def test_readme_table_of_peers(tmp_path):
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    write_result(results)
+    readme.write_text(f"{readme_table.BEGIN}\n{readme_table.END}\n")
+    with open(results / "peers-cpu-float32-1t.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, readme_table.peers.FIELDS)
+        writer.writeheader()
+        row = dict.fromkeys(readme_table.peers.FIELDS, "1") | {"case": "d2l", "cell": "gru", "mode": "inference"}
+        for library, ms in (("rnnfast", 2.0), ("torch.nn", 6.0), ("jax", 3.0)):
+            writer.writerow(row | {"library": library, "ms": ms, "ratio": ms / 2, "status": "ok"})
+    (results / "peers-cpu-float32-1t.json").write_text(json.dumps(measure.describe_run(CPU, torch.float32, 1)))
+    assert readme_table.main(["--results", str(results), "--readme", str(readme)]) == 0
+    assert re.search(r"to best peer \| 1\.50 \(1\.50\) \|", readme.read_text())
+    assert re.search(r"to torch\.nn \| 3\.00 \(3\.00\) \|", readme.read_text())
+    assert "| d2l | 1 1 1 1 | 1.50 jax |" in (results / "README.md").read_text()
 
 
 def test_readme_table_refuses_what_is_not_fit(tmp_path, capsys):
@@ -655,9 +675,9 @@ def test_readme_table_refuses_what_is_not_fit(tmp_path, capsys):
     write_result(results, status="wrong: output")
     assert readme_table.main(arguments) == 1
     assert "lm-h200 gru is wrong: output" in capsys.readouterr().err
-    (results / "layers-cpu-float32-2t.json").unlink()
+    (results / "layers-cpu-avx2-float32-2t.json").unlink()
     assert readme_table.main(arguments) == 1
-    assert "layers-cpu-float32-2t.json is missing" in capsys.readouterr().err
+    assert "layers-cpu-avx2-float32-2t.json is missing" in capsys.readouterr().err
     assert readme.read_text() == "no table here"
 
 
