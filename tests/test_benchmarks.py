@@ -37,6 +37,7 @@ transforms = importlib.import_module("transforms")
 
 SMALL = cases.Case("small", 5, 3, 4, 6, 2, 2, "made up for the tests")
 CPU = torch.device("cpu")
+ON_CPU = f"cpu-{measure.describe_run(CPU, torch.float32, 1)['instruction_set']}"
 
 
 # cases.py
@@ -315,7 +316,7 @@ def test_no_time_for_a_wrong_result(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "wrong: output" in printed.out
     assert "2 of 2 rows have wrong results" in printed.err
-    with open(tmp_path / "layers-cpu-float32-1t.csv", newline="") as file:
+    with open(tmp_path / f"layers-{ON_CPU}-float32-1t.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["mode"] for row in rows] == ["inference", "training"]
     for row in rows:
@@ -489,7 +490,7 @@ def test_layers_from_end_to_end(tmp_path):
     done = run("layers.py", "--quick", *shapes, "--seconds", "0.02", "--threads", "1", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "geometric mean" in done.stdout
-    with open(tmp_path / "layers-quick-cpu-float32-1t.csv", newline="") as file:
+    with open(tmp_path / f"layers-quick-{ON_CPU}-float32-1t.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["case"], row["cell"], row["mode"]) for row in rows] == [
         (case, cell, mode)
@@ -501,9 +502,9 @@ def test_layers_from_end_to_end(tmp_path):
         assert row["status"] == "ok"
         assert float(row["rnnfast_ms"]) > 0
         assert float(row["ratio_low"]) <= float(row["ratio"]) <= float(row["ratio_high"])
-    description = json.loads((tmp_path / "layers-quick-cpu-float32-1t.json").read_text())
+    description = json.loads((tmp_path / f"layers-quick-{ON_CPU}-float32-1t.json").read_text())
     assert (description["threads"], description["dtype"]) == (1, "float32")
-    assert (tmp_path / "layers-quick-cpu-float32-1t.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / f"layers-quick-{ON_CPU}-float32-1t.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_features_from_end_to_end(tmp_path):
