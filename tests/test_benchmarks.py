@@ -547,6 +547,7 @@ def test_latency_from_end_to_end(tmp_path):
     assert all(row["status"] == "ok" and float(row["us"]) > 0 for row in rows)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch's exporter warns of its own
 def test_latency_gives_no_time_for_a_wrong_result(monkeypatch, capsys):
     monkeypatch.setattr(latency.rnnfast.Decoder, "step", lambda self, x: x + 1)
     assert latency.main(["--quick", "--cells", "gru", "--seconds", "0.01", "--threads", "1"]) == 1
