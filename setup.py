@@ -75,7 +75,8 @@ def native_code(cpp_extension):
     flags += ["-fno-trapping-math", "-ffp-contract=fast", *debug]
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     avx512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", *avx2, "-mprefer-vector-width=512"]
-    isas = {"avx512": avx512, "avx2": avx2, "baseline": []} if x86 else {"baseline": []}
+    isas = {"avx512": avx512, "avx512_bf16": [*avx512, "-mavx512bf16"], "avx2": avx2} if x86 else {}
+    isas["baseline"] = []
     used = {"": ["csrc/math.h", "csrc/cells.h", "csrc/sequence.h", *sorted(glob("csrc/cpu/*.h")), "setup.py"]}
     libraries = {
         f"rnnfast_{isa}": {"sources": [f"csrc/cpu/driver_{isa}.cpp"], "cflags": flags + isas[isa], "obj_deps": used}

@@ -118,7 +118,7 @@ void explain_cuda(py::dict d, const CellInfo& cell, const Sizes& size, at::Scala
 
 // What make_plan decides for such a call, as data; for a CUDA device, by its number, what make_device_plan does.
 py::dict explain(const std::string& name, int64_t T, int64_t N, int64_t I, int64_t H, int64_t P,
-                 const std::string& dtype, bool training, int threads, std::optional<int> device) {
+                 const std::string& dtype, bool training, int threads, std::optional<int> device, bool recompute) {
   const CellInfo& cell = cell_named(name);
   const auto check = [](const char* argument, int64_t value, int64_t least) {
     if (value < least)
@@ -150,7 +150,10 @@ py::dict explain(const std::string& name, int64_t T, int64_t N, int64_t I, int64
 #endif
   }
   const Plan plan = make_plan(size, cell, threads, false);
-  d["isa"] = drivers().isa;
+  const DriverTable& table = drivers();
+  const bool narrows = dtype == "bfloat16" && !recompute && table.bf16[&cell - table.cells].forward;
+  d["isa"] = table.isa;
+  d["product_dtype"] = narrows ? d["dtype"] : d["accumulate_dtype"];
   d["packed_weights"] = plan.packed;
   d["chunk_steps"] = plan.chunk_steps;
   switch (plan.schedule) {
@@ -194,7 +197,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "_add_drivers", [](uintptr_t table) { add_drivers(reinterpret_cast<const DriverTable*>(table)); },
       py::arg("table"));
   m.def("explain", &explain, py::arg("cell"), py::arg("T"), py::arg("N"), py::arg("I"), py::arg("H"), py::arg("P"),
-        py::arg("dtype"), py::arg("training"), py::arg("threads"), py::arg("device") = py::none());
+        py::arg("dtype"), py::arg("training"), py::arg("threads"), py::arg("device") = py::none(),
+        py::arg("recompute") = false);
   bind_decoder(m);
 }
 

@@ -151,7 +151,8 @@ Call::Call(int index, RNNFAST_ARGUMENTS)
   dtype_ = weight_ih.scalar_type();
   compute_ = dtype_ == at::kDouble ? at::kDouble : at::kFloat;
   const bool is_native =
-      (dtype_ == at::kHalf && table_.f16[index].forward) || (dtype_ == at::kBFloat16 && table_.bf16[index].forward);
+      !recompute && ((dtype_ == at::kHalf && table_.f16[index].forward) ||  // the states between parts are of compute_
+                     (dtype_ == at::kBFloat16 && table_.bf16[index].forward));
   storage_ = is_native ? dtype_ : compute_;
   const bool has_kernels =
       compute_ == at::kDouble ? table_.f64[index].forward != nullptr : table_.f32[index].forward != nullptr;

@@ -45,8 +45,11 @@ def explain(
     training: bool,
     threads: int,
     device: int | None = None,
+    recompute: bool = False,
 ) -> dict[str, Any]:
     """What the kernel policy decides for one layer and direction: ``kernel``, ``isa``, ``reason``, ``threads`` ...
+
+    On the CPU ``product_dtype`` is that of the numbers multiplied: bfloat16 where the processor has products of it.
 
     ``device`` is the number of a CUDA device, or None for the CPU. For a device there is also what was decided for the
     backward pass, with ``training``: the same names after ``backward_``.

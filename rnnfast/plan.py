@@ -144,7 +144,13 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = No
         }
         for direction in ("forward", "reverse")[:directions]:
             details = _C.explain(
-                cell, **sizes, dtype=dtype_name, training=training, threads=torch.get_num_threads(), device=device
+                cell,
+                **sizes,
+                dtype=dtype_name,
+                training=training,
+                threads=torch.get_num_threads(),
+                device=device,
+                recompute=getattr(layer, "recompute", False),
             )
             kernel, isa, reason = str(details["kernel"]), str(details["isa"]), str(details["reason"])
             plans.append(LayerPlan(i, direction, cell, sizes, kernel, isa, reason, dict(details)))

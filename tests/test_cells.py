@@ -108,10 +108,18 @@ def test_threads(cell, isa, name, threads):
     check_accuracy(large(name, cell), torch.float32, "cpu")
 
 
+@pytest.mark.few_cells
+@pytest.mark.parametrize("name", ["batch_1", "wide_batch", "ragged", "ragged_reverse", "lengths_reverse"])
+def test_threads_bfloat16(cell, name):
+    """Where numbers are multiplied in pairs, however many rows a thread has."""
+    torch.set_num_threads(3)
+    check_accuracy(large(name, cell), torch.bfloat16, "cpu")
+
+
 @given(data=st.data())
 def test_inference_equals_training(cell, kernel, data):
     """What is computed without gradients is bit for bit what training computes."""
-    call = data.draw(cases(cell)).call(torch.float32).on(kernel)
+    call = data.draw(cases(cell)).call(data.draw(st.sampled_from([torch.float32, torch.bfloat16]))).on(kernel)
     trained = call.with_grad()
     with torch.no_grad():
         inferred = call(call.op())

@@ -1,5 +1,8 @@
 """rnnfast.explain: which kernel each layer and direction takes, as data and as text, and that what it says is so."""
 
+import pathlib
+import re
+
 import pytest
 import torch
 from pairs import CELL_MODULES, LAYERS, H, I, N, T, make, make_input, make_state, pair
@@ -10,7 +13,7 @@ from rnnfast import _C
 
 pytestmark = pytest.mark.usefixtures("default_device")
 KEYS = {"kernel", "isa", "reason", "accumulate_dtype"}
-CPU_KEYS = KEYS | {"threads", "chunk_steps", "packed_weights"}
+CPU_KEYS = KEYS | {"threads", "chunk_steps", "packed_weights", "product_dtype"}
 
 
 def raw(cell: str, dtype: str = "float32", training: bool = False, threads: int = 1, **sizes: int) -> dict:
@@ -109,6 +112,19 @@ def test_accumulation(cell, dtype, accumulate):
     assert raw(cell, dtype)["accumulate_dtype"] == accumulate
     for low in ("bfloat16", "float16"):
         assert raw(cell, low)["accumulate_dtype"] == "float32"
+
+
+@pytest.mark.cpu_only("of the CPU's kernels")
+def test_product_dtype(isa):
+    """bfloat16 is multiplied as such where the processor can; with ``recompute`` and as float16 it is widened."""
+    flags = re.search("^flags.*", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    can = isa == "avx512" and flags is not None and "avx512_bf16" in flags.group().split()
+    x = torch.randn(T, N, I, dtype=torch.bfloat16)
+    for options, want in (({}, "bfloat16" if can else "float32"), ({"recompute": True}, "float32")):
+        (plan,) = rnnfast.explain(rnnfast.GRU(I, H, dtype=torch.bfloat16, **options), x).plans
+        assert plan.details["product_dtype"] == want and f"product_dtype {want}" in str(plan)
+    assert raw("gru", "float16")["product_dtype"] == raw("gru")["product_dtype"] == "float32"
+    assert raw("gru", "float64")["product_dtype"] == "float64"
 
 
 @pytest.mark.cpu_only("a device has no threads of ours")

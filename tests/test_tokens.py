@@ -65,6 +65,16 @@ def test_tokens_are_their_one_hot_rows(cell, isa, steps, batch, kinds, hidden, b
         torch.testing.assert_close(ours[name], want, rtol=atol, atol=atol * max(1.0, want.abs().max().item()))
 
 
+@pytest.mark.parametrize("steps", [1, 9])
+def test_bfloat16_tokens(cell, steps):
+    """Of a vocabulary and a number of rows that do not come in pairs; one token in several rows."""
+    tokens, dense = token_call(cell, steps, 3, 7, 17, dtype=torch.bfloat16)
+    ours, wanted = evaluate(tokens, tokens.op()), evaluate(dense, dense.op())
+    assert ours.keys() == wanted.keys() >= {"grad_weight_ih", "grad_weight_hh"}
+    for name, want in wanted.items():
+        torch.testing.assert_close(ours[name], want, rtol=1e-2, atol=1e-2 * max(1.0, want.abs().max().item()))
+
+
 @on_device
 def test_tokens_with_two_threads(cell):
     torch.set_num_threads(2)

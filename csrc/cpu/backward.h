@@ -7,9 +7,9 @@
 namespace rnnfast {
 inline namespace RNNFAST_ISA {
 
-template <typename Cell, typename T>
-struct SequenceBackward : WeightGradients<Cell, T> {
-  using Base = WeightGradients<Cell, T>;
+template <typename Cell, typename T, typename E>
+struct SequenceBackward : WeightGradients<Cell, T, E> {
+  using Base = WeightGradients<Cell, T, E>;
   using Base::apply_resets;
   using Base::Base;
   using Base::cell_before;
@@ -36,8 +36,9 @@ struct SequenceBackward : WeightGradients<Cell, T> {
   using Base::kGates;
   using Base::kLanes;
   using Base::kLateGates;
-  using Base::kPanelRows;
+  using Base::kNarrows;
   using Base::kPanelWidth;
+  using Base::kPanelWords;
   using Base::kSlots;
   using Base::kUnits;
   using Base::kVectors;
@@ -48,15 +49,19 @@ struct SequenceBackward : WeightGradients<Cell, T> {
   using Base::load_units;
   using Base::load_vectors;
   using Base::N;
+  using Base::narrow_gates;
+  using Base::narrowed;
   using Base::outside;
   using Base::P;
   using Base::p;
   using Base::pack_backward;
-  using Base::pack_row;
   using Base::pack_vectors;
+  using Base::pack_words;
   using Base::packed_product;
+  using Base::padded;
   using Base::parallel;
   using Base::parallel_batch;
+  using Base::product_gates;
   using Base::projected;
   using Base::row;
   using Base::store_state;
@@ -67,26 +72,28 @@ struct SequenceBackward : WeightGradients<Cell, T> {
   using Base::unpack_gates;
   using typename Base::Scratch;
   using typename Base::V;
+  using typename Base::W;
 
   // For a projected cell: dh += doutput, kept for dW_hr; then dh_raw = dh W_hr, panels [panel0, panel1).
   void add_output(const Scratch& s, int64_t t0, int64_t t, int64_t j0, int64_t j1) const {
     for (int64_t j = j0; j < min(j1, p.active[t]); ++j) {
       T* dh = s.dh + j * ld_p;
       if (p.doutput.data) {
-        const T* dy = outside(p.doutput, t, j);
-        for (int64_t u = 0; u < P; ++u) dh[u] += dy[u];
+        const E* dy = outside(p.doutput, t, j);
+        for (int64_t u = 0; u < P; ++u) dh[u] += widen(dy[u]);
       }
       copy(s.dprojected + (row(t, j) - row(t0, 0)) * ld_p, dh, ld_p);
     }
   }
-  void backward_projection(const Scratch& s, int64_t t, int64_t j0, int64_t j1, int64_t panel0, int64_t panel1) const {
+  void backward_projection(const Scratch& s, int64_t t, const E* dh, int64_t j0, int64_t j1, int64_t panel0,
+                           int64_t panel1) const {
     const int64_t last = min(j1, p.active[t]);
     for (int64_t j = j0; j < last; j += kRowBatch) {
       const int64_t n = min(kRowBatch, last - j);
-      const T* a[kRowBatch];
+      const E* a[kRowBatch];
       T* c[kRowBatch];
-      for (int64_t i = 0; i < n; ++i) a[i] = s.dh + (j + i) * ld_p, c[i] = s.dh_raw + (j + i) * ld_h;
-      packed_product(n, P, s.w_hr, H, panel0, panel1, RowOperands<T>{a, nullptr, c, 0, 0});
+      for (int64_t i = 0; i < n; ++i) a[i] = dh + (j + i) * ld_p, c[i] = s.dh_raw + (j + i) * ld_h;
+      packed_product(n, P, s.w_hr, H, panel0, panel1, RowOperands<E>{a, nullptr, c, 0, 0});
     }
   }
 
@@ -101,11 +108,11 @@ struct SequenceBackward : WeightGradients<Cell, T> {
       const T* c = Cell::kHasCell ? p.cells + row(t, j) * ld_h : nullptr;
       T* carried = s.dh + j * ld_p;
       const T* dh = projected ? s.dh_raw + j * ld_h : carried;
-      const T* dy = projected || !p.doutput.data ? nullptr : outside(p.doutput, t, j);
+      const E* dy = projected || !p.doutput.data ? nullptr : outside(p.doutput, t, j);
       T* dc = Cell::kHasCell ? s.dc + j * ld_h : nullptr;
-      const T* dall_c = Cell::kHasCell && p.dall_c.data ? outside(p.dall_c, t, j) : nullptr;
-      const T* keep_h = p.keep_h.data ? outside(p.keep_h, t, j) : nullptr;
-      const T* keep_c = Cell::kHasCell && p.keep_c.data ? outside(p.keep_c, t, j) : nullptr;
+      const E* dall_c = Cell::kHasCell && p.dall_c.data ? outside(p.dall_c, t, j) : nullptr;
+      const E* keep_h = p.keep_h.data ? outside(p.keep_h, t, j) : nullptr;
+      const E* keep_c = Cell::kHasCell && p.keep_c.data ? outside(p.keep_c, t, j) : nullptr;
       for (int64_t v = v0; v < v1; ++v) {
         const int64_t u = v * kLanes;
         V slot[kSlots];
@@ -132,6 +139,7 @@ struct SequenceBackward : WeightGradients<Cell, T> {
         if (Cell::kHasCell) store(dc + u, dc_v);
         if (!projected) store(carried + u, dh_prev);
       }
+      if (Cell::kNorms == 0) narrow_gates(s, dgates, v0, v1, 0, kSlots);
     }
   }
 
@@ -162,12 +170,13 @@ struct SequenceBackward : WeightGradients<Cell, T> {
           of[product] = moments<kGates>(x, H);
           backward_moments<kGates>(x, of[product], Slots<T>{dgates, kSlots, product * kGates}, H);
         }
+        narrow_gates(s, dgates, 0, unit_vectors, 0, kFirstOwnSlot);
       }
   }
   // For a cell that normalizes c' where it makes h' of it: the gradients of o and of the normal, the last to dc_made.
   void backward_output(const Scratch& s, int64_t t, int64_t j, Moments<T> of_c, const T* gates, T* dgates) const {
-    const T* dy = p.doutput.data ? outside(p.doutput, t, j) : nullptr;
-    const T* keep_h = p.keep_h.data ? outside(p.keep_h, t, j) : nullptr;
+    const E* dy = p.doutput.data ? outside(p.doutput, t, j) : nullptr;
+    const E* keep_h = p.keep_h.data ? outside(p.keep_h, t, j) : nullptr;
     for (int64_t v = 0; v < unit_vectors; ++v) {
       const int64_t u = v * kLanes;
       V slot[kSlots], w[kVectors + 1], dh = load(s.dh + j * ld_p + u);
@@ -188,13 +197,13 @@ struct SequenceBackward : WeightGradients<Cell, T> {
     const int64_t last = min(j1, p.active[t]);
     for (int64_t j = j0; j < last; j += kRowBatch) {
       const int64_t n = min(kRowBatch, last - j);
-      const T* a[kRowBatch];
+      const E* a[kRowBatch];
       T* c[kRowBatch];
       for (int64_t i = 0; i < n; ++i)
-        a[i] = chunk_gates(s, t0, t, j + i) + (Cell::kRecurrent + kEarlyGates) * kUnits,
+        a[i] = product_gates(s, t0, t, j + i) + (Cell::kRecurrent + kEarlyGates) * kUnits,
         c[i] = s.dlate + (j + i) * ld_h;
       gradient_product(n, p.w_hh, s.w_late, Cell::kRecurrentGates + kEarlyGates, P, panel0, panel1, true,
-                       RowOperands<T>{a, nullptr, c, 0, 0}, kLateGates);
+                       RowOperands<E>{a, nullptr, c, 0, 0}, kLateGates);
     }
   }
   // The gate that made the late gates' input, and its share of dh, for vectors of units [v0, v1).
@@ -213,6 +222,7 @@ struct SequenceBackward : WeightGradients<Cell, T> {
         store(dh + u, load(dh + u) + mask * Cell::backward_late(slot, h_v, dlate));
         store(dgates + unit_offset(v, kSlots, 0), slot);
       }
+      narrow_gates(s, dgates, v0, v1, 0, 1);
     }
   }
 
@@ -222,13 +232,13 @@ struct SequenceBackward : WeightGradients<Cell, T> {
     const int64_t last = min(j1, p.active[t]);
     for (int64_t j = j0; j < last; j += kRowBatch) {
       const int64_t n = min(kRowBatch, last - j);
-      const T* a[kRowBatch];
+      const E* a[kRowBatch];
       T* c[kRowBatch];
       for (int64_t i = 0; i < n; ++i)
-        a[i] = chunk_gates(s, t0, t, j + i) + Cell::kRecurrent * kUnits,
+        a[i] = product_gates(s, t0, t, j + i) + Cell::kRecurrent * kUnits,
         c[i] = (p.recurrent_mask ? s.dmasked : s.dh) + (j + i) * ld_p;
       gradient_product(n, p.w_hh, s.w_hh, Cell::kRecurrentGates, P, panel0, panel1, true,
-                       RowOperands<T>{a, projected || p.recurrent_mask ? nullptr : c, c, 0, 0}, kEarlyGates);
+                       RowOperands<E>{a, projected || p.recurrent_mask ? nullptr : c, c, 0, 0}, kEarlyGates);
       if (!p.recurrent_mask) continue;
       const int64_t first = first_column(P, panel0), end = min(first_column(P, panel1), P);
       for (int64_t i = j * ld_p; i < (j + n) * ld_p; i += ld_p)
@@ -244,7 +254,8 @@ struct SequenceBackward : WeightGradients<Cell, T> {
       const int64_t t = time(step);
       if (projected) {
         add_output(s, t0, t, j0, j1);
-        divide(column_panels(H), [&](int64_t a, int64_t b) { backward_projection(s, t, j0, j1, a, b); });
+        const E* dh = narrowed(s.dh, ld_p, j0, min(j1, p.active[t]), s.narrow_dh);
+        divide(column_panels(H), [&](int64_t a, int64_t b) { backward_projection(s, t, dh, j0, j1, a, b); });
       }
       if constexpr (Cell::kNorms > 0)
         divide(j1 - j0, [&](int64_t a, int64_t b) { backward_rows(s, t0, t, j0 + a, j0 + b); });
@@ -267,9 +278,9 @@ struct SequenceBackward : WeightGradients<Cell, T> {
     if constexpr (kLateGates > 0) pack_backward(p.w_hh, P, Cell::kRecurrentGates + kEarlyGates, s.w_late, kLateGates);
     if (projected)
       for (int64_t panel = 0; panel < column_panels(H); ++panel)
-        for (int64_t k = 0, nr = column_vectors(H, panel); k < P; ++k)
-          pack_row(p.w_hr + k * H, H, first_column(H, panel), static_cast<int>(nr),
-                   s.w_hr + panel * column_panel_size(P) + k * nr * kLanes);
+        for (int64_t k = 0, nr = column_vectors(H, panel); k < P; k += kPerWord<E>)
+          pack_words(p.w_hr, k, P, H, first_column(H, panel), static_cast<int>(nr),
+                     s.w_hr + panel * column_panel_size(P) + k / kPerWord<E> * nr * kLanes);
     zero(s.zeros, max(ld_h, ld_p));
     if (p.plan.packed) {
       const int64_t width = gate_panels * kPanelWidth;
@@ -291,9 +302,9 @@ struct SequenceBackward : WeightGradients<Cell, T> {
         unpack_gates(Cell::kInput == Cell::kRecurrent ? s.db_ih : s.db_hh, 1, Cell::kRecurrentGates, p.db_hh);
       }
     }
-    each_vector(p.dw_ch, p.dw_ln, p.db_ih, p.db_hh, [&](int k, T* to) { copy(to, s.dvectors + k * ld_h, H); });
+    each_vector(p.dw_ch, p.dw_ln, p.db_ih, p.db_hh, [&](int k, E* to) { convert(to, s.dvectors + k * ld_h, H); });
     if (p.dw_hr)
-      for (int64_t i = 0; i < P; ++i) copy(p.dw_hr + i * H, s.dw_hr + i * ld_h, H);
+      for (int64_t i = 0; i < P; ++i) convert(p.dw_hr + i * H, s.dw_hr + i * ld_h, H);
   }
 
   void run() const {
@@ -320,14 +331,18 @@ struct SequenceBackward : WeightGradients<Cell, T> {
         parallel(min(threads, n), [&](int64_t begin, int64_t end) {
           const int64_t parts = min(threads, n);
           for (int64_t i = begin; i < end; ++i)
-            body(n * i / parts, n * (i + 1) / parts, s.panels + i * kPanelRows * kMaxPanel * kLanes,
-                 s.hidden + i * kUnits * ld_buffer());
+            body(n * i / parts, n * (i + 1) / parts, s.panels + i * kPanelWords * kMaxPanel * kLanes,
+                 s.hidden + i * kUnits * ld_buffer(), i);
         });
       };
       if (p.dinput.data && !p.plan.packed)  // few rows: each thread takes columns, and reads only those of W_ih
-        parallel(column_panels(I), [&](int64_t begin, int64_t end) { chunk_dinput(s, t0, 0, rows, begin, end); });
+        parallel(column_panels(I),
+                 [&](int64_t begin, int64_t end) { chunk_dinput(s, t0, 0, rows, begin, end, s.dinput); });
       if (p.dinput.data || p.dw_ih || p.dw_hh || p.dw_hr || p.dgates_ih.data)
-        each_worker(rows, [&](int64_t begin, int64_t end, T*, T* hidden) { chunk_rows(s, t0, begin, end, hidden); });
+        each_worker(ceil_div(rows, kLanes), [&](int64_t begin, int64_t end, W*, T* hidden, int64_t worker) {
+          chunk_rows(s, t0, begin * kLanes, min(end * kLanes, rows), hidden,
+                     kNarrows ? s.dinput + worker * kRowBatch * padded(I) : nullptr);
+        });
       if constexpr (kVectors > 0)
         if (p.dw_ch || p.dw_ln || p.db_ih || p.db_hh)
           parallel(unit_vectors, [&](int64_t begin, int64_t end) { chunk_vectors(s, t0, rows, begin, end); });
@@ -335,12 +350,12 @@ struct SequenceBackward : WeightGradients<Cell, T> {
       if (weights && p.plan.packed) {
         // Few panels do not share out evenly; their rows do.
         const int64_t parts = gate_panels % threads == 0 || gate_panels >= 8 * threads ? 1 : threads;
-        each_worker(gate_panels * parts, [&](int64_t begin, int64_t end, T* buffer, T*) {
+        each_worker(gate_panels * parts, [&](int64_t begin, int64_t end, W* buffer, T*, int64_t) {
           for (int64_t i = begin; i < end; ++i) chunk_weights(s, t0, rows, i / parts, i % parts, parts, buffer);
         });
       }
       if (p.dw_hr)
-        each_worker(column_panels(H), [&](int64_t begin, int64_t end, T* buffer, T* hidden) {
+        each_worker(column_panels(H), [&](int64_t begin, int64_t end, W* buffer, T* hidden, int64_t) {
           chunk_projection(s, t0, rows, begin, end, buffer, hidden);
         });
       s1 = s0;

@@ -10,6 +10,7 @@ namespace rnnfast {
 
 #ifdef RNNFAST_X86
 const DriverTable& avx512_drivers();
+void add_bf16_drivers(DriverTable&);  // to those of avx512
 const DriverTable& avx2_drivers();
 #endif
 const DriverTable& baseline_drivers();
@@ -21,6 +22,17 @@ struct Target {
   bool runs_here;
 };
 
+#ifdef RNNFAST_X86
+const DriverTable& avx512_table() {
+  static const DriverTable table = [] {
+    DriverTable all = avx512_drivers();
+    if (__builtin_cpu_supports("avx512bf16")) add_bf16_drivers(all);
+    return all;
+  }();
+  return table;
+}
+#endif
+
 // Best first.
 const Target* targets(int* count) {
 #ifdef RNNFAST_X86
@@ -28,7 +40,7 @@ const Target* targets(int* count) {
   static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  static const Target all[] = {{avx512_drivers, avx512}, {avx2_drivers, avx2}, {baseline_drivers, true}};
+  static const Target all[] = {{avx512_table, avx512}, {avx2_drivers, avx2}, {baseline_drivers, true}};
 #else
   static const Target all[] = {{baseline_drivers, true}};
 #endif

@@ -6,16 +6,15 @@
 
 #include "backward.h"
 #include "forward.h"
-#include "softmax.h"
 
 namespace rnnfast {
 inline namespace RNNFAST_ISA {
 
-template <typename Cell, typename T>
-Driver<T> make_driver() {
-  using Params = SequenceParams<T>;
-  using Forward = SequenceForward<Cell, T>;
-  using Backward = SequenceBackward<Cell, T>;
+template <typename Cell, typename T, typename E = T>
+Driver<T, E> make_driver() {
+  using Params = SequenceParams<T, E>;
+  using Forward = SequenceForward<Cell, T, E>;
+  using Backward = SequenceBackward<Cell, T, E>;
   return {
       [](const Params& p) { return typename Forward::Scratch(Forward(p), nullptr).size; },
       [](const Params& p) { return typename Backward::Scratch(Backward(p), nullptr).size; },
@@ -24,26 +23,12 @@ Driver<T> make_driver() {
   };
 }
 
-template <typename Cell>
-inline void add_cell(DriverTable& table) {
-  const int i = table.num_cells++;
-  table.cells[i] = {Cell::kName,       Cell::kSource,    Cell::kGates,
-                    Cell::kSlots,      Cell::kHasCell,   Cell::kHidden == Hidden::kSaved,
-                    Cell::kLateGates,  Cell::kPeepholes, Cell::kNorms ? 2 * (Cell::kGates + Cell::kHasCell) : 0,
-                    Cell::kHasResident};
-  table.f32[i] = make_driver<Cell, float>();
-  table.f64[i] = make_driver<Cell, double>();
-}
-
-inline DriverTable make_table(const char* isa) {
-  DriverTable table{};
-  table.isa = isa;
-#define RNNFAST_ADD_CELL(Cell) add_cell<Cell>(table);
-  RNNFAST_FOR_EACH_CELL(RNNFAST_ADD_CELL)
-#undef RNNFAST_ADD_CELL
-  table.softmax_f32 = softmax_loss<float>;
-  table.softmax_f64 = softmax_loss<double>;
-  return table;
+// Of all cells.
+template <typename T, typename E = T>
+void make_drivers(Driver<T, E>* next) {
+#define RNNFAST_MAKE_DRIVER(Cell) *next++ = make_driver<Cell, T, E>();
+  RNNFAST_FOR_EACH_CELL(RNNFAST_MAKE_DRIVER)
+#undef RNNFAST_MAKE_DRIVER
 }
 
 }  // namespace RNNFAST_ISA

@@ -5,7 +5,7 @@ inline namespace RNNFAST_ISA {
 constexpr int kVectorBytes = 32, kVectorRegisters = 16;
 }
 }  // namespace rnnfast
-#include "driver.h"
+#include "table.h"
 
 namespace rnnfast {
 const DriverTable& avx2_drivers() {

@@ -5,7 +5,7 @@ inline namespace RNNFAST_ISA {
 constexpr int kVectorBytes = 64, kVectorRegisters = 32;
 }
 }  // namespace rnnfast
-#include "driver.h"
+#include "table.h"
 
 namespace rnnfast {
 const DriverTable& avx512_drivers() {

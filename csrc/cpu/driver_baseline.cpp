@@ -9,7 +9,7 @@ constexpr int kVectorBytes = 16, kVectorRegisters = 16;
 #endif
 }  // namespace RNNFAST_ISA
 }  // namespace rnnfast
-#include "driver.h"
+#include "table.h"
 
 namespace rnnfast {
 const DriverTable& baseline_drivers() {

@@ -7,9 +7,9 @@
 namespace rnnfast {
 inline namespace RNNFAST_ISA {
 
-template <typename Cell, typename T>
-struct SequenceForward : SequenceLayout<Cell, T> {
-  using Base = SequenceLayout<Cell, T>;
+template <typename Cell, typename T, typename E>
+struct SequenceForward : SequenceLayout<Cell, T, E> {
+  using Base = SequenceLayout<Cell, T, E>;
   using Base::apply_resets;
   using Base::Base;
   using Base::column_panel_size;
@@ -27,6 +27,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
   using Base::kGates;
   using Base::kLanes;
   using Base::kLateGates;
+  using Base::kNarrows;
   using Base::kPanelStride;
   using Base::kSlots;
   using Base::kVectors;
@@ -36,6 +37,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
   using Base::load_units;
   using Base::load_vectors;
   using Base::N;
+  using Base::narrowed;
   using Base::outside;
   using Base::p;
   using Base::P;
@@ -58,12 +60,14 @@ struct SequenceForward : SequenceLayout<Cell, T> {
   using Base::unit_vectors;
   using Base::weight_lanes;
   using Base::weight_row;
+  using Base::words;
   using typename Base::Params;
   using typename Base::V;
+  using typename Base::W;
 
   struct Scratch {
-    T *w_ih, *w_hh, *w_hr;  // panels; w_hh of the early gates
-    T* w_late;              // panels of the late gates of W_hh
+    W *w_ih, *w_hh, *w_hr;  // panels; w_hh of the early gates
+    W* w_late;              // panels of the late gates of W_hh
     T* bias;                // [gate_row]
     T* h[2];                // [N, ld_p]; step s reads h[s % 2] and writes the other
     T* c;                   // [N, ld_h]
@@ -71,15 +75,18 @@ struct SequenceForward : SequenceLayout<Cell, T> {
     T* late;                // [N, ld_h] what the late gates' product is taken of
     T* vectors;             // [kVectors, ld_h]
     T *mask, *masked;       // [N, ld_p] recurrent_mask, and its product with h
+    E* narrow_h;            // [N, ld_p] what the recurrent products are taken of, or nothing
+    E* narrow_raw;          // [N, ld_h] h_raw, or nothing
+    E* input;               // [chunk_steps * N, words(I) words] where I is not whole words, or nothing
     T* gates;               // [chunk_steps * N, gate_row] when they are not kept
     int64_t size;
     Scratch(const SequenceForward& d, T* base) {
       Arena<T> arena{base};
       const bool packed = d.p.plan.packed;
-      w_ih = arena.take(packed ? d.gate_panels * d.gate_panel_size(d.I) : 0);
-      w_hh = arena.take(packed ? d.gate_panels * d.gate_panel_size(d.P, kEarlyGates) : 0);
-      w_late = arena.take(packed && kLateGates ? d.gate_panels * d.gate_panel_size(d.P, kLateGates) : 0);
-      w_hr = arena.take(d.projected ? d.column_panels(d.P) * column_panel_size(d.H) : 0);
+      w_ih = arena.template take<W>(packed ? d.gate_panels * d.gate_panel_size(d.I) : 0);
+      w_hh = arena.template take<W>(packed ? d.gate_panels * d.gate_panel_size(d.P, kEarlyGates) : 0);
+      w_late = arena.template take<W>(packed && kLateGates ? d.gate_panels * d.gate_panel_size(d.P, kLateGates) : 0);
+      w_hr = arena.template take<W>(d.projected ? d.column_panels(d.P) * column_panel_size(d.H) : 0);
       bias = arena.take(d.gate_row);
       for (T*& one : h) one = arena.take(d.N * d.ld_p);
       c = arena.take(Cell::kHasCell ? d.N * d.ld_h : 0);
@@ -88,6 +95,9 @@ struct SequenceForward : SequenceLayout<Cell, T> {
       vectors = arena.take(kVectors * d.ld_h);
       mask = arena.take(d.p.recurrent_mask ? d.N * d.ld_p : 0);
       masked = arena.take(d.p.recurrent_mask ? d.N * d.ld_p : 0);
+      narrow_h = arena.template take<E>(kNarrows ? d.N * d.ld_p : 0);
+      narrow_raw = arena.template take<E>(kNarrows && d.projected ? d.N * d.ld_h : 0);
+      input = arena.template take<E>(d.pads_input() ? d.p.plan.chunk_steps * d.N * d.padded_input() : 0);
       gates = arena.take(d.p.training ? 0 : d.p.plan.chunk_steps * d.N * d.gate_row);
       size = arena.used;
     }
@@ -103,10 +113,27 @@ struct SequenceForward : SequenceLayout<Cell, T> {
     return p.training ? p.gates + row(t, j) * gate_row : s.gates + ((t - chunk.t0) * N + j) * gate_row;
   }
 
+  // Rows of the input are read by whole words: where they do not end with one the chunk's are copied.
+  int64_t padded_input() const { return words(I) * kPerWord<E>; }
+  bool pads_input() const { return p.plan.packed && !p.tokens.data && padded_input() != I; }
+  E* padded_row(const Scratch& s, const Chunk& chunk, int64_t t, int64_t j) const {
+    return s.input + ((t - chunk.t0) * N + j) * padded_input();
+  }
+  void pad_input(const Scratch& s, const Chunk& chunk, int64_t j0, int64_t j1) const {
+    if (!pads_input()) return;
+    for (int64_t t = chunk.t0; t < chunk.t1; ++t)
+      for (int64_t j = j0; j < min(j1, p.active[t]); ++j) {
+        E* to = padded_row(s, chunk, t, j);
+        copy(to, outside(p.input, t, j), I);
+        zero(to + I, padded_input() - I);
+      }
+  }
+
   // Pre-activations of panels [panel0, panel1) from the input and the biases, for the chunk's sequences [j0, j1).
   void input_product(const Scratch& s, const Chunk& chunk, int64_t j0, int64_t j1, int64_t panel0,
                      int64_t panel1) const {
-    const T *a[kRowBatch], *bias[kRowBatch];
+    const E* a[kRowBatch];
+    const T* bias[kRowBatch];
     int64_t token[kRowBatch];
     T* c[kRowBatch];
     for (int64_t i = 0; i < kRowBatch; ++i) bias[i] = s.bias;
@@ -125,7 +152,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
           other_slots(0, n);
         } else {
           gate_product(n, I, p.w_ih, s.w_ih, Cell::kInputGates, Cell::kInput, panel,
-                       panel + 1 < panel1 ? panel + 1 : panel0, RowOperands<T>{a, bias, c, 0, 0}, other_slots);
+                       panel + 1 < panel1 ? panel + 1 : panel0, RowOperands<E>{a, bias, c, 0, 0}, other_slots);
         }
       }
       n = 0;
@@ -135,7 +162,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
         if (p.tokens.data)
           token[n] = *outside(p.tokens, t, j);
         else
-          a[n] = outside(p.input, t, j);
+          a[n] = pads_input() ? padded_row(s, chunk, t, j) : outside(p.input, t, j);
         c[n] = gates_of(s, chunk, t, j);
         if (++n == kRowBatch) flush();
       }
@@ -146,39 +173,39 @@ struct SequenceForward : SequenceLayout<Cell, T> {
   void look_up(const Scratch& s, int64_t rows, const int64_t* token, int64_t panel, T* const* c) const {
     const int nr = panel_vectors(panel);
     for (int64_t r = 0; r < rows; ++r) {
-      const T* column = p.plan.packed ? s.w_ih + panel * gate_panel_size(I) + token[r] * nr * kLanes : nullptr;
+      const int64_t word = token[r] / kPerWord<E>;
+      const W* column = p.plan.packed ? s.w_ih + panel * gate_panel_size(I) + word * nr * kLanes : nullptr;
       for (int q = 0; q < nr; ++q) {
         const int64_t at = panel_offset(panel, kSlots, Cell::kInput) + q * kPanelStride;
         if (column) {
-          store(c[r] + at, load(s.bias + at) + load(column + q * kLanes));
+          store(c[r] + at, load(s.bias + at) + split<E>(load(column + q * kLanes), token[r] % kPerWord<E>));
           continue;
         }
         T lane[kLanes] = {};
         for (int64_t i = 0; i < weight_lanes(panel, q); ++i)
-          lane[i] = p.w_ih[(weight_row(Cell::kInputGates, panel, q) + i) * I + token[r]];
+          lane[i] = widen(p.w_ih[(weight_row(Cell::kInputGates, panel, q) + i) * I + token[r]]);
         store(c[r] + at, load(s.bias + at) + load(lane));
       }
     }
   }
 
-  // One step of panels [panel0, panel1) of the units: recurrent product, cell, and the new state to all its places. A
-  // cell with late gates takes two passes: that of the other gates ends with what the late gates' product is taken of.
-  // Of a cell with norms it is the product alone: the cell waits for the whole row (step_rows).
+  // One step of panels [panel0, panel1) of the units: recurrent product of h [N, ld_p], cell, and the new state to all
+  // its places. A cell with late gates takes two passes: that of the other gates ends with what the late gates' product
+  // is taken of. Of a cell with norms it is the product alone: the cell waits for the whole row (step_rows).
   template <bool kLatePass>
-  void step_units(const Scratch& s, const Chunk& chunk, int64_t step, int64_t j0, int64_t j1, int64_t panel0,
-                  int64_t panel1) const {
+  void step_units(const Scratch& s, const Chunk& chunk, int64_t step, const E* h, int64_t j0, int64_t j1,
+                  int64_t panel0, int64_t panel1) const {
     constexpr int kFirst = kLatePass ? kEarlyGates : 0;
     const int64_t t = time(step), last = min(j1, p.active[t]);
-    const T* h = kLatePass ? s.late : recurrent_input(s, step);
     for (int64_t j = j0; j < last; j += kRowBatch) {
       const int64_t n = min(kRowBatch, last - j);
-      const T* a[kRowBatch];
+      const E* a[kRowBatch];
       T* c[kRowBatch];
       for (int64_t i = 0; i < n; ++i) a[i] = h + (j + i) * ld_p, c[i] = gates_of(s, chunk, t, j + i);
       for (int64_t panel = panel0; panel < panel1; ++panel)
         gate_product(
             n, P, p.w_hh, kLatePass ? s.w_late : s.w_hh, Cell::kRecurrentGates + kFirst, Cell::kRecurrent + kFirst,
-            panel, panel + 1 < panel1 ? panel + 1 : panel0, RowOperands<T>{a, c, c, 0, 0},
+            panel, panel + 1 < panel1 ? panel + 1 : panel0, RowOperands<E>{a, c, c, 0, 0},
             [&](int64_t begin, int64_t end) {
               const int64_t v0 = first_unit(panel), v1 = first_unit(panel + 1);
               if constexpr (kLateGates > 0 && !kLatePass)
@@ -190,7 +217,7 @@ struct SequenceForward : SequenceLayout<Cell, T> {
     }
   }
 
-  // What the recurrent product is taken of, [N, ld_p]: h, or h times its mask.
+  // What the recurrent product is taken of, [N, ld_p], before it is narrowed: h, or h times its mask.
   const T* recurrent_input(const Scratch& s, int64_t step) const { return p.recurrent_mask ? s.masked : s.h[step % 2]; }
   void mask_hidden(const Scratch& s, int64_t step, int64_t j0, int64_t j1) const {
     if (!p.recurrent_mask) return;
@@ -233,13 +260,13 @@ struct SequenceForward : SequenceLayout<Cell, T> {
       T* const gates = gates_of_row[j - j0];
       const T* const h_prev = h_old + j * ld_p;
       T* const h_next = h_new + j * ld;
-      T* const output = projected || !p.output.data ? nullptr : outside(p.output, t, j);
+      E* const output = projected || !p.output.data ? nullptr : outside(p.output, t, j);
       T* const hidden = all_hidden ? all_hidden + (first_row + j) * ld : nullptr;
       T* const cell = Cell::kHasCell ? s.c + j * ld : nullptr;
       T* const kept_cell = Cell::kHasCell && training ? p.cells + (first_row + j) * ld : nullptr;
-      T* const all_c = Cell::kHasCell && p.all_c.data ? outside(p.all_c, t, j) : nullptr;
-      const T* const keep_h = p.keep_h.data ? outside(p.keep_h, t, j) : nullptr;
-      const T* const keep_c = Cell::kHasCell && p.keep_c.data ? outside(p.keep_c, t, j) : nullptr;
+      E* const all_c = Cell::kHasCell && p.all_c.data ? outside(p.all_c, t, j) : nullptr;
+      const E* const keep_h = p.keep_h.data ? outside(p.keep_h, t, j) : nullptr;
+      const E* const keep_c = Cell::kHasCell && p.keep_c.data ? outside(p.keep_c, t, j) : nullptr;
       const auto put = [=](int64_t u, V h) {
         if (keep_h) h = mixture(load_units(keep_h, u, units), load(h_prev + u), h);
         store(h_next + u, h);
@@ -283,19 +310,20 @@ struct SequenceForward : SequenceLayout<Cell, T> {
   }
 
   // The projection's part of a step, panels [panel0, panel1) of its columns.
-  void step_projection(const Scratch& s, int64_t step, int64_t j0, int64_t j1, int64_t panel0, int64_t panel1) const {
+  void step_projection(const Scratch& s, int64_t step, const E* h_raw, int64_t j0, int64_t j1, int64_t panel0,
+                       int64_t panel1) const {
     const int64_t t = time(step), last = min(j1, p.active[t]);
     for (int64_t j = j0; j < last; j += kRowBatch) {
       const int64_t n = min(kRowBatch, last - j);
-      const T* a[kRowBatch];
+      const E* a[kRowBatch];
       T* c[kRowBatch];
-      for (int64_t i = 0; i < n; ++i) a[i] = s.h_raw + (j + i) * ld_h, c[i] = s.h[(step + 1) % 2] + (j + i) * ld_p;
-      packed_product(n, H, s.w_hr, P, panel0, panel1, RowOperands<T>{a, nullptr, c, 0, 0});
+      for (int64_t i = 0; i < n; ++i) a[i] = h_raw + (j + i) * ld_h, c[i] = s.h[(step + 1) % 2] + (j + i) * ld_p;
+      packed_product(n, H, s.w_hr, P, panel0, panel1, RowOperands<E>{a, nullptr, c, 0, 0});
     }
     const int64_t first = first_column(P, panel0), end = min(first_column(P, panel1), ld_p);
     for (int64_t j = j0; j < last; ++j) {
       const T* h = s.h[(step + 1) % 2] + j * ld_p;
-      if (p.output.data) copy(outside(p.output, t, j) + first, h + first, min(end, P) - first);
+      if (p.output.data) convert(outside(p.output, t, j) + first, h + first, min(end, P) - first);
       if (p.training) copy(p.hidden + row(t, j) * ld_p + first, h + first, end - first);
     }
   }
@@ -319,18 +347,26 @@ struct SequenceForward : SequenceLayout<Cell, T> {
     for (int64_t s0 = 0; s0 < T_; s0 += p.plan.chunk_steps) {
       const int64_t s1 = min(s0 + p.plan.chunk_steps, T_);
       const Chunk chunk = p.reverse ? Chunk{s0, s1, T_ - s1, T_ - s0} : Chunk{s0, s1, s0, s1};
+      pad_input(s, chunk, j0, j1);
       divide(gate_panels, [&](int64_t a, int64_t b) { input_product(s, chunk, j0, j1, a, b); });
       for (int64_t step = s0; step < s1; ++step) {
         apply_resets(s.h[step % 2], s.c, time(step), j0, j1);
         mask_hidden(s, step, j0, j1);
+        const int64_t last = min(j1, p.active[time(step)]);
+        const E* h = narrowed(recurrent_input(s, step), ld_p, j0, last, s.narrow_h);
         divide(gate_panels,
-               [&](int64_t a, int64_t b) { this->template step_units<false>(s, chunk, step, j0, j1, a, b); });
-        if constexpr (kLateGates > 0)
+               [&](int64_t a, int64_t b) { this->template step_units<false>(s, chunk, step, h, j0, j1, a, b); });
+        if constexpr (kLateGates > 0) {
+          const E* late = narrowed(s.late, ld_p, j0, last, s.narrow_h);
           divide(gate_panels,
-                 [&](int64_t a, int64_t b) { this->template step_units<true>(s, chunk, step, j0, j1, a, b); });
+                 [&](int64_t a, int64_t b) { this->template step_units<true>(s, chunk, step, late, j0, j1, a, b); });
+        }
         if constexpr (Cell::kNorms > 0)
           divide(j1 - j0, [&](int64_t a, int64_t b) { step_rows(s, chunk, step, j0 + a, j0 + b); });
-        if (projected) divide(column_panels(P), [&](int64_t a, int64_t b) { step_projection(s, step, j0, j1, a, b); });
+        if (projected) {
+          const E* raw = narrowed(s.h_raw, ld_h, j0, last, s.narrow_raw);
+          divide(column_panels(P), [&](int64_t a, int64_t b) { step_projection(s, step, raw, j0, j1, a, b); });
+        }
       }
     }
     store_last_state(s, j0, j1);

@@ -14,7 +14,7 @@ namespace rnnfast {
 inline namespace RNNFAST_ISA {
 
 constexpr int64_t kRowBatch = 256;  // rows whose pointers are gathered on the stack at a time
-constexpr int64_t kSumRows = 256;   // terms of a weight gradient summed before they join the total, for its accuracy
+constexpr int64_t kSumWords = 256;  // words of a weight gradient summed before they join the total, for its accuracy
 
 inline int64_t min(int64_t a, int64_t b) {
   return a < b ? a : b;
@@ -36,23 +36,41 @@ inline void zero(T* dst, int64_t n) {
   if (n > 0) __builtin_memset(dst, 0, static_cast<size_t>(n) * sizeof(T));
 }
 
+// copy where one side may be the narrower type.
+template <typename From, typename To>
+inline void convert(To* dst, const From* src, int64_t n) {
+  if constexpr (sizeof(From) == sizeof(To)) {
+    copy(dst, src, n);
+  } else {
+    constexpr int64_t kLanes = Lanes<From>::kCount;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
+    for (; i < n; ++i) dst[i] = narrow<To>(widen(src[i]));
+  }
+}
+
 // Hands out pieces of the caller's scratch. With a null base it only counts, so one function both sizes and lays out.
 template <typename T>
 struct Arena {
   T* base;
   int64_t used = 0;
-  T* take(int64_t n) {
+  T* take(int64_t n) { return take<T>(n); }
+  template <typename U>
+  U* take(int64_t n) {
     T* piece = base ? base + used : nullptr;
-    used += ceil_div(n, kBlock<T>) * kBlock<T>;
-    return piece;
+    used += ceil_div(n, kBlock<U>) * kBlock<T>;
+    return reinterpret_cast<U*>(piece);
   }
 };
 
-// The ground that SequenceForward and SequenceBackward stand on. `T` is the accumulation type, `T_` the steps.
-template <typename Cell, typename T>
+// The ground that SequenceForward and SequenceBackward stand on. `T` is the accumulation type, `T_` the steps. Where E
+// is another type, what products are taken of is narrowed to it (product.h).
+template <typename Cell, typename T, typename E>
 struct SequenceLayout {
-  using Params = SequenceParams<T>;
+  using Params = SequenceParams<T, E>;
   using V = VectorOf<T>;
+  using W = WordOf<E>;
+  static constexpr bool kNarrows = sizeof(E) < sizeof(T);
   static constexpr int64_t kLanes = Lanes<T>::kCount;
   static constexpr int64_t kUnits = kBlock<T>;  // units in a block of the padded layout
   static constexpr int kGates = Cell::kGates, kSlots = Cell::kSlots;
@@ -170,24 +188,26 @@ struct SequenceLayout {
 
   // ---- weights ----
 
-  // Panels of W^T for products whose columns are gates, `gates` of them from gate_of's first on: [gate_panels][K][panel
-  // vectors][kLanes].
-  int64_t gate_panel_size(int64_t K, int gates = kGates) const { return K * gates * kPanelUnits * kLanes; }
-  void pack_gates(const T* w, int64_t K, const int* gate_of, T* panels, int gates = kGates) const {
+  static int64_t words(int64_t K) { return ceil_div(K, kPerWord<E>); }
+
+  // Panels of W^T for products whose columns are gates, `gates` of them from gate_of's first on: [gate_panels][words of
+  // K][panel vectors][kLanes].
+  int64_t gate_panel_size(int64_t K, int gates = kGates) const { return words(K) * gates * kPanelUnits * kLanes; }
+  void pack_gates(const E* w, int64_t K, const int* gate_of, W* panels, int gates = kGates) const {
     parallel(gate_panels, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         const int nr = panel_vectors(panel, gates);
         for (int q = 0; q < nr; ++q) {
-          const T* rows[kLanes] = {};
+          const E* rows[kLanes] = {};
           const int64_t lanes = weight_lanes(panel, q);
           for (int64_t i = 0; i < lanes; ++i) rows[i] = w + (weight_row(gate_of, panel, q) + i) * K;
-          transpose_rows(rows, lanes, K, panels + panel * gate_panel_size(K, gates) + q * kLanes, nr * kLanes, true);
+          pack_columns(rows, lanes, K, panels + panel * gate_panel_size(K, gates) + q * kLanes, nr * kLanes);
         }
       }
     });
   }
 
-  // Panels for products with `columns` plain columns: [panels][K][vectors][kLanes], at most kMaxPanel vectors.
+  // Panels for products with `columns` plain columns: [panels][words of K][vectors][kLanes], at most kMaxPanel vectors.
   int64_t column_panels(int64_t columns) const { return panels_of(ceil_div(columns, kLanes), kMaxPanel); }
   // First column of a panel; that of panel column_panels is the padded end.
   int64_t first_column(int64_t columns, int64_t panel) const {
@@ -197,44 +217,51 @@ struct SequenceLayout {
   int column_vectors(int64_t columns, int64_t panel) const {
     return static_cast<int>((first_column(columns, panel + 1) - first_column(columns, panel)) / kLanes);
   }
-  static int64_t column_panel_size(int64_t K) { return K * kMaxPanel * kLanes; }
+  static int64_t column_panel_size(int64_t K) { return words(K) * kMaxPanel * kLanes; }
 
   // W [P, H] of the projection for h = W h_raw: columns are the rows of W.
-  void pack_projection(const T* w, T* panels) const {
+  void pack_projection(const E* w, W* panels) const {
     for (int64_t panel = 0; panel < column_panels(P); ++panel) {
       const int nr = column_vectors(P, panel);
       for (int q = 0; q < nr; ++q) {
         const int64_t first = first_column(P, panel) + q * kLanes;
-        const T* rows[kLanes] = {};
+        const E* rows[kLanes] = {};
         const int64_t lanes = min(kLanes, P - first);
         for (int64_t i = 0; i < lanes; ++i) rows[i] = w + (first + i) * H;
-        transpose_rows(rows, lanes, H, panels + panel * column_panel_size(H) + q * kLanes, nr * kLanes, true);
+        pack_columns(rows, lanes, H, panels + panel * column_panel_size(H) + q * kLanes, nr * kLanes);
       }
     }
   }
 
-  // One row of K of a column panel that begins at column `first`: `source` null or short is padded with zeros.
-  static void pack_row(const T* source, int64_t columns, int64_t first, int nr, T* dst) {
-    const int64_t width = nr * kLanes, have = source ? min(width, columns - first) : 0;
-    copy(dst, source + first, have);
-    zero(dst + have, width - have);
+  // Words of K of a panel: value(i, q) is vector q of the i-th row of B that they hold.
+  template <typename F>
+  static void put_words(int nr, W* dst, F value) {
+    for (int q = 0; q < nr; ++q) store(dst + q * kLanes, join<E>([&](int i) { return value(i, q); }));
+  }
+  // Those of a column panel that begins at column `first`, from rows k, k + 1 and so on of a matrix of `count` rows and
+  // `columns` columns; zeros past both.
+  static void pack_words(const E* matrix, int64_t k, int64_t count, int64_t columns, int64_t first, int nr, W* dst) {
+    put_words(nr, dst, [&](int i, int q) {
+      const int64_t column = first + q * kLanes;
+      return k + i < count && column < columns ? load_units(matrix + (k + i) * columns, column, columns) : V{};
+    });
   }
 
   // Panels of W [G*H, columns] for d = dgates W: K runs over the padded units of each block, gate by gate.
   int64_t backward_panels_size(int64_t columns, int gates = kGates) const {
     return p.plan.packed ? column_panels(columns) * column_panel_size(ld_h * gates) : 0;
   }
-  void pack_backward(const T* w, int64_t columns, const int* gate_of, T* panels, int gates = kGates) const {
+  void pack_backward(const E* w, int64_t columns, const int* gate_of, W* panels, int gates = kGates) const {
     if (!p.plan.packed) return;
     parallel(column_panels(columns), [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         const int nr = column_vectors(columns, panel);
         const int64_t first = first_column(columns, panel);
-        T* dst = panels + panel * column_panel_size(ld_h * gates);
+        W* dst = panels + panel * column_panel_size(ld_h * gates);
         for (int64_t block = 0; block < ld_h; block += kUnits)
           for (int q = 0; q < gates; ++q)
-            for (int64_t unit = block; unit < block + kUnits; ++unit, dst += nr * kLanes)
-              pack_row(unit < H ? w + (gate_of[q] * H + unit) * columns : nullptr, columns, first, nr, dst);
+            for (int64_t unit = block; unit < block + kUnits; unit += kPerWord<E>, dst += nr * kLanes)
+              pack_words(w + gate_of[q] * H * columns, unit, H, columns, first, nr, dst);
       }
     });
   }
@@ -247,8 +274,8 @@ struct SequenceLayout {
     for (int q = 0; q < kGates; ++q)
       for (int64_t u = 0; u < H; ++u) {
         const int64_t at = u / kUnits * kSlots * kUnits + u % kUnits;
-        bias[at + (Cell::kInput + q) * kUnits] += p.b_ih[Cell::kInputGates[q] * H + u];
-        bias[at + (Cell::kRecurrent + q) * kUnits] += p.b_hh[Cell::kRecurrentGates[q] * H + u];
+        bias[at + (Cell::kInput + q) * kUnits] += widen(p.b_ih[Cell::kInputGates[q] * H + u]);
+        bias[at + (Cell::kRecurrent + q) * kUnits] += widen(p.b_hh[Cell::kRecurrentGates[q] * H + u]);
       }
   }
 
@@ -257,14 +284,14 @@ struct SequenceLayout {
   // gates += A W^T for one panel of gates, from packed panels or from W itself. `next` is the panel that comes next.
   // `gates` gates from gate_of's first on.
   template <typename After>
-  void gate_product(int64_t rows, int64_t K, const T* w, const T* panels, const int* gate_of, int first_slot,
-                    int64_t panel, int64_t next, RowOperands<T> io, After after, int gates = kGates) const {
+  void gate_product(int64_t rows, int64_t K, const E* w, const W* panels, const int* gate_of, int first_slot,
+                    int64_t panel, int64_t next, RowOperands<E> io, After after, int gates = kGates) const {
     const int nr = panel_vectors(panel, gates);
     io.offset = panel_offset(panel, kSlots, first_slot);
     io.stride = kPanelStride;
     if (p.plan.packed) {
       const int64_t size = gate_panel_size(K, gates);
-      panel_product(rows, nr, Inner{1, K, 0}, panels + panel * size, io, after, panels + next * size);
+      panel_product<E>(rows, nr, Inner{1, words(K), 0}, panels + panel * size, io, after, panels + next * size);
       return;
     }
     for (int q = 0; q < nr; ++q) {
@@ -277,7 +304,7 @@ struct SequenceLayout {
   // C = C_in + A B for one column panel; product(rows, io) computes whole vectors. `columns` of C exist, its rows are
   // padded where `is_padded`; else the last, partial panel (never with C_in) goes through the stack.
   template <typename Product>
-  void column_panel(int64_t rows, int64_t columns, int64_t panel, bool is_padded, RowOperands<T> io,
+  void column_panel(int64_t rows, int64_t columns, int64_t panel, bool is_padded, RowOperands<E> io,
                     Product product) const {
     const int64_t first = first_column(columns, panel);
     io.stride = kLanes;
@@ -292,27 +319,27 @@ struct SequenceLayout {
     for (int64_t i = 0; i < kMost; ++i) out[i] = buffer[i];
     for (int64_t r = 0; r < rows; r += kMost) {
       const int64_t n = min(kMost, rows - r);
-      product(n, RowOperands<T>{io.a + r, nullptr, out, 0, kLanes});
+      product(n, RowOperands<E>{io.a + r, nullptr, out, 0, kLanes});
       for (int64_t i = 0; i < n; ++i) copy(io.c_out[r + i] + first, buffer[i], columns - first);
     }
   }
   static void nothing(int64_t, int64_t) {}
 
   // C = A B over panels [panel0, panel1) of packed plain columns, rows of C padded.
-  void packed_product(int64_t rows, int64_t K, const T* panels, int64_t columns, int64_t panel0, int64_t panel1,
-                      const RowOperands<T>& io) const {
+  void packed_product(int64_t rows, int64_t K, const W* panels, int64_t columns, int64_t panel0, int64_t panel1,
+                      const RowOperands<E>& io) const {
     for (int64_t panel = panel0; panel < panel1; ++panel) {
       const int nr = column_vectors(columns, panel);
-      column_panel(rows, columns, panel, true, io, [&](int64_t n, const RowOperands<T>& part) {
-        panel_product(n, nr, Inner{1, K, 0}, panels + panel * column_panel_size(K), part, nothing);
+      column_panel(rows, columns, panel, true, io, [&](int64_t n, const RowOperands<E>& part) {
+        panel_product<E>(n, nr, Inner{1, words(K), 0}, panels + panel * column_panel_size(K), part, nothing);
       });
     }
   }
 
   // C = C_in + dgates W over panels [panel0, panel1) of W's columns and `gates` gates from gate_of's first on; rows of
   // A start at their first slot. Without packing c_in must be c_out or null.
-  void gradient_product(int64_t rows, const T* w, const T* panels, const int* gate_of, int64_t columns, int64_t panel0,
-                        int64_t panel1, bool is_padded, const RowOperands<T>& io, int gates = kGates) const {
+  void gradient_product(int64_t rows, const E* w, const W* panels, const int* gate_of, int64_t columns, int64_t panel0,
+                        int64_t panel1, bool is_padded, const RowOperands<E>& io, int gates = kGates) const {
     if (!p.plan.packed) {
       gradient_in_place(rows, w, gate_of, columns, first_column(columns, panel0),
                         min(first_column(columns, panel1), columns), io, gates);
@@ -320,25 +347,27 @@ struct SequenceLayout {
     }
     for (int64_t panel = panel0; panel < panel1; ++panel) {
       const int nr = column_vectors(columns, panel);
-      const Inner inner =
-          gates == kSlots ? Inner{1, ld_h * gates, 0} : Inner{ld_h / kUnits, gates * kUnits, kSlots * kUnits};
-      column_panel(rows, columns, panel, is_padded, io, [&](int64_t n, const RowOperands<T>& part) {
+      const Inner inner = gates == kSlots ? Inner{1, words(ld_h * gates), 0}
+                                          : Inner{ld_h / kUnits, words(gates * kUnits), words(kSlots * kUnits)};
+      column_panel(rows, columns, panel, is_padded, io, [&](int64_t n, const RowOperands<E>& part) {
         const int64_t size = column_panel_size(ld_h * gates), next = panel + 1 < panel1 ? panel + 1 : panel0;
-        panel_product(n, nr, inner, panels + panel * size, part, nothing, panels + next * size);
+        panel_product<E>(n, nr, inner, panels + panel * size, part, nothing, panels + next * size);
       });
     }
   }
 
   // The same for columns [first, end), W read once and in order: four of its rows at a time are added to each row of C.
-  void gradient_in_place(int64_t rows, const T* w, const int* gate_of, int64_t columns, int64_t first, int64_t end,
-                         const RowOperands<T>& io, int gates) const {
+  void gradient_in_place(int64_t rows, const E* w, const int* gate_of, int64_t columns, int64_t first, int64_t end,
+                         const RowOperands<E>& io, int gates) const {
     for (int64_t m = 0; m < rows && !io.c_in; ++m) zero(io.c_out[m] + first, end - first);
     for (int q = 0; q < gates; ++q)
       for (int64_t u = 0; u < H; u += 4) {
-        const T* b = w + (gate_of[q] * H + u) * columns;
+        const E* b = w + (gate_of[q] * H + u) * columns;
         const int64_t n = min(4, H - u);
         for (int64_t m = 0; m < rows; ++m) {
-          const T* a = io.a[m] + u / kUnits * kSlots * kUnits + q * kUnits + u % kUnits;
+          T a[4] = {};
+          for (int64_t k = 0; k < n; ++k)
+            a[k] = widen(io.a[m][u / kUnits * kSlots * kUnits + q * kUnits + u % kUnits + k]);
           T* c = io.c_out[m];
           int64_t i = first;
           for (; n == 4 && i + kLanes <= end; i += kLanes)
@@ -346,7 +375,7 @@ struct SequenceLayout {
                                         (a[2] * load(b + 2 * columns + i) + a[3] * load(b + 3 * columns + i))));
           for (; i < end; ++i) {
             T sum = 0;
-            for (int64_t k = 0; k < n; ++k) sum += a[k] * b[k * columns + i];
+            for (int64_t k = 0; k < n; ++k) sum += a[k] * widen(b[k * columns + i]);
             c[i] += sum;
           }
         }
@@ -372,8 +401,8 @@ struct SequenceLayout {
   // Padded: [kVectors, ld_h].
   void pack_vectors(T* to) const {
     zero(to, kVectors * ld_h);
-    each_vector(p.w_ch, p.w_ln, p.b_ih, p.b_hh, [&](int k, const T* from) {
-      for (int64_t u = 0; u < H; ++u) to[k * ld_h + u] += from[u];
+    each_vector(p.w_ch, p.w_ln, p.b_ih, p.b_hh, [&](int k, const E* from) {
+      for (int64_t u = 0; u < H; ++u) to[k * ld_h + u] += widen(from[u]);
     });
   }
   // Those of the vector of units at u.
@@ -382,17 +411,29 @@ struct SequenceLayout {
   }
 
   // A vector of units at u of a row that ends after `units`.
-  static V load_units(const T* row, int64_t u, int64_t units) {
+  template <typename U>
+  static V load_units(const U* row, int64_t u, int64_t units) {
     if (u + kLanes <= units) return load(row + u);
-    T lane[kLanes] = {};
+    U lane[kLanes] = {};
     for (int64_t i = 0; i < units - u; ++i) lane[i] = row[u + i];
     return load(lane);
   }
-  static void store_units(T* row, int64_t u, int64_t units, V x) {
+  template <typename U>
+  static void store_units(U* row, int64_t u, int64_t units, V x) {
     if (u + kLanes <= units) return store(row + u, x);
-    T lane[kLanes];
+    U lane[kLanes];
     store(lane, x);
     for (int64_t i = 0; i < units - u; ++i) row[u + i] = lane[i];
+  }
+
+  // Rows [j0, j1) of [N, ld], ld a multiple of kLanes, as a product takes them: as they are, or narrowed to `to`.
+  const E* narrowed(const T* rows, int64_t ld, int64_t j0, int64_t j1, [[maybe_unused]] E* to) const {
+    if constexpr (kNarrows) {
+      convert(to + j0 * ld, rows + j0 * ld, (j1 - j0) * ld);
+      return to;
+    } else {
+      return rows;
+    }
   }
 
   void apply_resets(T* h, T* c, int64_t t, int64_t j0, int64_t j1) const {
@@ -405,16 +446,16 @@ struct SequenceLayout {
   }
 
   // [N, units] outside to padded rows in the driver's order; null is zero.
-  void load_state(const T* from, int64_t units, T* to, int64_t j0, int64_t j1) const {
+  void load_state(const E* from, int64_t units, T* to, int64_t j0, int64_t j1) const {
     const int64_t ld = padded(units);
     for (int64_t j = j0; j < j1; ++j) {
-      if (from) copy(to + j * ld, from + position(j) * units, units);
+      if (from) convert(to + j * ld, from + position(j) * units, units);
       zero(to + j * ld + (from ? units : 0), ld - (from ? units : 0));
     }
   }
-  void store_state(const T* from, int64_t units, T* to, int64_t j0, int64_t j1) const {
+  void store_state(const T* from, int64_t units, E* to, int64_t j0, int64_t j1) const {
     if (to)
-      for (int64_t j = j0; j < j1; ++j) copy(to + position(j) * units, from + j * padded(units), units);
+      for (int64_t j = j0; j < j1; ++j) convert(to + position(j) * units, from + j * padded(units), units);
   }
 };
 

@@ -8,9 +8,9 @@
 namespace rnnfast {
 inline namespace RNNFAST_ISA {
 
-template <typename Cell, typename T>
-struct WeightGradients : SequenceLayout<Cell, T> {
-  using Base = SequenceLayout<Cell, T>;
+template <typename Cell, typename T, typename E>
+struct WeightGradients : SequenceLayout<Cell, T, E> {
+  using Base = SequenceLayout<Cell, T, E>;
   using Base::backward_panels_size;
   using Base::Base;
   using Base::column_panel_size;
@@ -28,6 +28,7 @@ struct WeightGradients : SequenceLayout<Cell, T> {
   using Base::kGates;
   using Base::kLanes;
   using Base::kLateGates;
+  using Base::kNarrows;
   using Base::kPanelStride;
   using Base::kPanelVectors;
   using Base::kSlots;
@@ -35,43 +36,53 @@ struct WeightGradients : SequenceLayout<Cell, T> {
   using Base::kVectors;
   using Base::ld_h;
   using Base::ld_p;
+  using Base::load_units;
   using Base::N;
   using Base::nothing;
   using Base::outside;
   using Base::P;
   using Base::p;
+  using Base::padded;
   using Base::panel_offset;
   using Base::panel_vectors;
   using Base::parallel;
   using Base::projected;
+  using Base::put_words;
   using Base::row;
+  using Base::store_units;
   using Base::T_;
   using Base::time;
   using Base::unit_offset;
   using Base::unit_vectors;
   using Base::weight_lanes;
   using Base::weight_row;
+  using Base::words;
   using typename Base::V;
+  using typename Base::W;
 
-  static constexpr int64_t kPanelRows = 2 * kSumRows;  // of dgates, copied for the weight gradients of one panel
+  static constexpr int64_t kPanelWords = 2 * kSumWords;  // of dgates, copied for the weight gradients of one panel
+  static constexpr int64_t kPanelRows = kPanelWords * kPerWord<E>;
   static constexpr int64_t kPanelWidth = kPanelVectors * kLanes;
 
   struct Scratch {
-    T *w_ih, *w_hh, *w_hr;        // panels for d = dgates W; w_hh of the early gates
-    T *w_late, *dlate;            // panels of the late gates of W_hh; [N, ld_h] gradient of what they were fed
+    W *w_ih, *w_hh, *w_hr;        // panels for d = dgates W; w_hh of the early gates
+    W* w_late;                    // panels of the late gates of W_hh
+    T* dlate;                     // [N, ld_h] gradient of what the late gates were fed
     T *h0, *c0;                   // [N, ld_p], [N, ld_h]
     T* zeros;                     // [max(ld_h, ld_p)]
     T *dh, *dc;                   // [N, ld_p], [N, ld_h]: gradient of the state, carried from step to step
     T* dh_raw;                    // [N, ld_h] of a projected cell
     T* dgates;                    // [chunk rows, gate_row]
     T* dprojected;                // [chunk rows, ld_p] gradient of the projected h
-    T *input, *h_prev, *dproj_t;  // transposed chunk: [I, chunk rows], [P, chunk rows], [P, chunk rows]
-    T* late;                      // [P, chunk rows] transposed, what the late gates were fed
+    E *input, *h_prev, *dproj_t;  // transposed chunk: [I, chunk rows], [P, chunk rows], [P, chunk rows]
+    E* late;                      // [P, chunk rows] transposed, what the late gates were fed
+    E *narrow_gates, *narrow_dh;  // [chunk rows, gate_row] dgates, [N, ld_p] dh as products take them, or nothing
+    T* dinput;                    // [threads][kRowBatch, padded(I)] before it is narrowed, or nothing
     T *vectors, *dvectors;        // [kVectors, ld_h]
     T* dc_made;                   // [N, ld_h] what reaches c' through its norm
     Moments<T>* moments;          // [chunk rows, kNorms]
     T *mask, *dmasked;            // [N, ld_p] recurrent_mask, and the gradient of its product with h
-    T* panels;                    // [threads][kPanelRows, kMaxPanel, kLanes]
+    W* panels;                    // [threads][kPanelWords, kMaxPanel, kLanes]
     T* hidden;         // [threads][kUnits, ld_buffer], or [kInPlaceRows, ld_buffer]: what the products were taken of
     T *dw_ih, *dw_hh;  // [gate_panels, I, kPanelWidth], [gate_panels, P, kPanelWidth]
     T *db_ih, *db_hh;  // [gate_panels, kPanelWidth]
@@ -82,11 +93,11 @@ struct WeightGradients : SequenceLayout<Cell, T> {
       Arena<T> arena{base};
       // an odd number of lines: a power of two would send every row of the transposed chunk to the same cache sets
       rows = (ceil_div(d.p.plan.chunk_steps * d.N, kUnits) | 1) * kUnits;
-      w_ih = arena.take(d.p.dinput.data ? d.backward_panels_size(d.I) : 0);
-      w_hh = arena.take(d.backward_panels_size(d.P, kEarlyGates));
-      w_late = arena.take(kLateGates ? d.backward_panels_size(d.P, kLateGates) : 0);
+      w_ih = arena.template take<W>(d.p.dinput.data ? d.backward_panels_size(d.I) : 0);
+      w_hh = arena.template take<W>(d.backward_panels_size(d.P, kEarlyGates));
+      w_late = arena.template take<W>(kLateGates ? d.backward_panels_size(d.P, kLateGates) : 0);
       dlate = arena.take(kLateGates ? d.N * d.ld_h : 0);
-      w_hr = arena.take(d.projected ? d.column_panels(d.H) * column_panel_size(d.P) : 0);
+      w_hr = arena.template take<W>(d.projected ? d.column_panels(d.H) * column_panel_size(d.P) : 0);
       h0 = arena.take(d.N * d.ld_p);
       c0 = arena.take(Cell::kHasCell ? d.N * d.ld_h : 0);
       zeros = arena.take(max(d.ld_h, d.ld_p));
@@ -96,10 +107,13 @@ struct WeightGradients : SequenceLayout<Cell, T> {
       dgates = arena.take(rows * d.gate_row);
       dprojected = arena.take(d.projected ? rows * d.ld_p : 0);
       const bool packed = d.p.plan.packed;
-      input = arena.take(packed && d.p.dw_ih && !d.p.tokens.data ? d.I * rows : 0);
-      h_prev = arena.take(packed && d.p.dw_hh ? d.P * rows : 0);
-      late = arena.take(kLateGates && packed && d.p.dw_hh ? d.P * rows : 0);
-      dproj_t = arena.take(d.p.dw_hr ? d.P * rows : 0);
+      input = arena.template take<E>(packed && d.p.dw_ih && !d.p.tokens.data ? d.I * rows : 0);
+      h_prev = arena.template take<E>(packed && d.p.dw_hh ? d.P * rows : 0);
+      late = arena.template take<E>(kLateGates && packed && d.p.dw_hh ? d.P * rows : 0);
+      dproj_t = arena.template take<E>(d.p.dw_hr ? d.P * rows : 0);
+      narrow_gates = arena.template take<E>(kNarrows ? rows * d.gate_row : 0);
+      narrow_dh = arena.template take<E>(kNarrows && d.projected ? d.N * d.ld_p : 0);
+      dinput = arena.take(kNarrows && d.p.dinput.data ? d.p.plan.threads * kRowBatch * padded(d.I) : 0);
       vectors = arena.take(kVectors * d.ld_h);
       dvectors = arena.take(kVectors * d.ld_h);
       dc_made = arena.take(Cell::kNorms == 3 ? d.N * d.ld_h : 0);
@@ -107,7 +121,7 @@ struct WeightGradients : SequenceLayout<Cell, T> {
       moments = reinterpret_cast<Moments<T>*>(arena.take(rows * 2 * Cell::kNorms));
       mask = arena.take(d.p.recurrent_mask ? d.N * d.ld_p : 0);
       dmasked = arena.take(d.p.recurrent_mask ? d.N * d.ld_p : 0);
-      panels = arena.take(d.p.plan.threads * kPanelRows * kMaxPanel * kLanes);
+      panels = arena.template take<W>(d.p.plan.threads * kPanelWords * kMaxPanel * kLanes);
       hidden = arena.take(max(d.p.plan.threads * kUnits, kInPlaceRows) * d.ld_buffer());
       const int64_t width = d.gate_panels * kPanelWidth;
       dw_ih = arena.take(packed && d.p.dw_ih ? d.I * width : 0);
@@ -174,6 +188,24 @@ struct WeightGradients : SequenceLayout<Cell, T> {
     return s.dgates + (row(t, j) - row(t0, 0)) * gate_row;
   }
 
+  // The same as the products take it.
+  const E* product_gates(const Scratch& s, int64_t t0, int64_t t, int64_t j) const {
+    if constexpr (kNarrows)
+      return s.narrow_gates + (row(t, j) - row(t0, 0)) * gate_row;
+    else
+      return chunk_gates(s, t0, t, j);
+  }
+  // Makes it so of slots [begin, end) of vectors of units [v0, v1).
+  void narrow_gates([[maybe_unused]] const Scratch& s, [[maybe_unused]] const T* dgates, int64_t v0, int64_t v1,
+                    int begin, int end) const {
+    if constexpr (kNarrows)
+      for (int64_t v = v0; v < v1; ++v)
+        for (int i = begin; i < end; ++i) {
+          const int64_t at = unit_offset(v, kSlots, i);
+          store(s.narrow_gates + (dgates - s.dgates) + at, load(dgates + at));
+        }
+  }
+
   // body(r, n, t[], j[]) on batches of at most `most` rows of the chunk [t0, t1) inside [begin, end), r from its first.
   template <typename F>
   void each_row_batch(int64_t t0, int64_t begin, int64_t end, int64_t most, F body) const {
@@ -191,21 +223,32 @@ struct WeightGradients : SequenceLayout<Cell, T> {
     }
   }
 
-  // dx of rows [begin, end) of the chunk at t0, panels [panel0, panel1) of its columns.
-  void chunk_dinput(const Scratch& s, int64_t t0, int64_t begin, int64_t end, int64_t panel0, int64_t panel1) const {
-    each_row_batch(t0, begin, end, kRowBatch, [&](int64_t r, int64_t n, const int64_t* t, const int64_t* j) {
-      const T* a[kRowBatch];
+  // dx of rows [begin, end) of the chunk at t0, panels [panel0, panel1) of its columns. A narrower dx is made in
+  // `buffer` [kRowBatch, padded(I)] first.
+  void chunk_dinput(const Scratch& s, int64_t t0, int64_t begin, int64_t end, int64_t panel0, int64_t panel1,
+                    [[maybe_unused]] T* buffer) const {
+    each_row_batch(t0, begin, end, kRowBatch, [&](int64_t, int64_t n, const int64_t* t, const int64_t* j) {
+      const E* a[kRowBatch];
       T* c[kRowBatch];
-      for (int64_t i = 0; i < n; ++i)
-        a[i] = s.dgates + (r + i) * gate_row + Cell::kInput * kUnits, c[i] = outside(p.dinput, t[i], j[i]);
-      gradient_product(n, p.w_ih, s.w_ih, Cell::kInputGates, I, panel0, panel1, false,
-                       RowOperands<T>{a, nullptr, c, 0, 0});
+      for (int64_t i = 0; i < n; ++i) {
+        a[i] = product_gates(s, t0, t[i], j[i]) + Cell::kInput * kUnits;
+        if constexpr (kNarrows)
+          c[i] = buffer + i * padded(I);
+        else
+          c[i] = outside(p.dinput, t[i], j[i]);
+      }
+      gradient_product(n, p.w_ih, s.w_ih, Cell::kInputGates, I, panel0, panel1, kNarrows,
+                       RowOperands<E>{a, nullptr, c, 0, 0});
+      if constexpr (kNarrows)
+        for (int64_t i = 0; i < n; ++i)
+          for (int64_t u = first_column(I, panel0); u < min(first_column(I, panel1), I); u += kLanes)
+            store_units(outside(p.dinput, t[i], j[i]), u, I, load(c[i] + u));
     });
   }
 
   // Rows [begin, end) of the chunk at t0: dx, and the transposed left operands of the weight gradients.
-  void chunk_rows(const Scratch& s, int64_t t0, int64_t begin, int64_t end, T* buffer) const {
-    if (p.dinput.data && p.plan.packed) chunk_dinput(s, t0, begin, end, 0, column_panels(I));
+  void chunk_rows(const Scratch& s, int64_t t0, int64_t begin, int64_t end, T* buffer, T* dinput) const {
+    if (p.dinput.data && p.plan.packed) chunk_dinput(s, t0, begin, end, 0, column_panels(I), dinput);
     if (p.plan.packed || p.dw_hr) chunk_transposes(s, t0, begin, end, buffer);
     if (p.dgates_ih.data) chunk_factors(s, t0, begin, end, buffer);
   }
@@ -230,69 +273,79 @@ struct WeightGradients : SequenceLayout<Cell, T> {
     });
   }
 
+  // `begin` is a multiple of kLanes. Of a last word that is not full the rest is zero.
   void chunk_transposes(const Scratch& s, int64_t t0, int64_t begin, int64_t end, T* buffer) const {
     each_row_batch(t0, begin, end, kLanes, [&](int64_t r, int64_t n, const int64_t* t, const int64_t* j) {
       const T* rows[kLanes] = {};
+      const auto put = [&](const auto* const* from, int64_t K, E* to) {
+        transpose_rows(from, n, K, to + r, s.rows, false);
+        if constexpr (kNarrows)
+          for (int64_t k = 0; k < K && n % kPerWord<E> > 0; ++k) to[k * s.rows + r + n] = {};
+      };
       if (p.plan.packed && p.dw_ih && !p.tokens.data) {
-        for (int64_t i = 0; i < n; ++i) rows[i] = outside(p.input, t[i], j[i]);
-        transpose_rows(rows, n, I, s.input + r, s.rows, false);
+        const E* inputs[kLanes] = {};
+        for (int64_t i = 0; i < n; ++i) inputs[i] = outside(p.input, t[i], j[i]);
+        put(inputs, I, s.input);
       }
       if (p.plan.packed && p.dw_hh) {
         for (int64_t i = 0; i < n; ++i) rows[i] = recurrent_input(s, t[i], j[i], buffer + i * ld_buffer());
-        transpose_rows(rows, n, P, s.h_prev + r, s.rows, false);
+        put(rows, P, s.h_prev);
         if (kLateGates > 0) {
           for (int64_t i = 0; i < n; ++i) rows[i] = late_input(s, t[i], j[i], buffer + i * ld_buffer());
-          transpose_rows(rows, n, P, s.late + r, s.rows, false);
+          put(rows, P, s.late);
         }
       }
       if (p.dw_hr) {
         for (int64_t i = 0; i < n; ++i) rows[i] = s.dprojected + (r + i) * ld_p;
-        transpose_rows(rows, n, P, s.dproj_t + r, s.rows, false);
+        put(rows, P, s.dproj_t);
       }
     });
   }
 
   // C[m] += A[m] B over `rows` <= kPanelRows rows of the chunk, for m in [begin, end); A [.., s.rows] transposed,
   // C [.., ld], B a panel. A few rows of C at a time take all sums while they are in the first-level cache.
-  void accumulate(const Scratch& s, int64_t begin, int64_t end, const T* A, int64_t rows, int nr, const T* B, T* C,
+  void accumulate(const Scratch& s, int64_t begin, int64_t end, const E* A, int64_t rows, int nr, const W* B, T* C,
                   int64_t ld) const {
     constexpr int64_t kGroup = 48;  // a multiple of the rows of the tiles of 2, 3 and 4 vectors
     for (int64_t m = begin; m < end; m += kGroup) {
       const int64_t n = min(kGroup, end - m);
-      const T* a[kGroup];
+      const E* a[kGroup];
       T* c[kGroup];
       for (int64_t i = 0; i < n; ++i) a[i] = A + (m + i) * s.rows, c[i] = C + (m + i) * ld;
-      for (int64_t r = 0; r < rows; r += kSumRows) {
-        panel_product(n, nr, Inner{1, min(kSumRows, rows - r), 0}, B + r * nr * kLanes,
-                      RowOperands<T>{a, c, c, 0, kLanes}, nothing);
-        for (int64_t i = 0; i < n; ++i) a[i] += kSumRows;
+      for (int64_t k = 0; k < words(rows); k += kSumWords) {
+        panel_product<E>(n, nr, Inner{1, min(kSumWords, words(rows) - k), 0}, B + k * nr * kLanes,
+                         RowOperands<E>{a, c, c, 0, kLanes}, nothing);
+        for (int64_t i = 0; i < n; ++i) a[i] += kSumWords * kPerWord<E>;
       }
     }
   }
 
   // The same for dW_ih where the input is one-hot: each row of the panel joins the column of its token.
-  void accumulate_tokens(int64_t t0, int64_t first, int64_t rows, int nr, const T* panel, T* dw) const {
-    each_row_batch(t0, first, first + rows, kRowBatch, [&](int64_t, int64_t n, const int64_t* t, const int64_t* j) {
-      for (int64_t i = 0; i < n; ++i, panel += nr * kLanes) {
+  void accumulate_tokens(int64_t t0, int64_t first, int64_t rows, int nr, const W* panel, T* dw) const {
+    each_row_batch(t0, first, first + rows, kRowBatch, [&](int64_t r, int64_t n, const int64_t* t, const int64_t* j) {
+      for (int64_t i = 0; i < n; ++i) {
         T* out = dw + *outside(p.tokens, t[i], j[i]) * kPanelWidth;
-        for (int q = 0; q < nr; ++q) store(out + q * kLanes, load(out + q * kLanes) + load(panel + q * kLanes));
+        const int64_t at = r - first + i;
+        const W* words = panel + at / kPerWord<E> * nr * kLanes;
+        for (int q = 0; q < nr; ++q)
+          store(out + q * kLanes, load(out + q * kLanes) + split<E>(load(words + q * kLanes), at % kPerWord<E>));
       }
     });
   }
 
   // Copies `gates` gates of a panel of the chunk's dgates, rows [first, first + rows), and adds the column sums to the
   // bias gradient unless that is null.
-  void gate_gradient_panel(const Scratch& s, int64_t first, int64_t rows, int64_t panel, int first_slot, T* dst, T* db,
+  void gate_gradient_panel(const Scratch& s, int64_t first, int64_t rows, int64_t panel, int first_slot, W* dst, T* db,
                            int gates = kGates) const {
     const int nr = panel_vectors(panel, gates);
     const T* src = s.dgates + first * gate_row + panel_offset(panel, kSlots, first_slot);
     V sum[kPanelVectors] = {};
-    for (int64_t r = 0; r < rows; ++r, src += gate_row)
-      for (int q = 0; q < nr; ++q) {
-        const V d = load(src + q * kPanelStride);
+    for (int64_t r = 0; r < rows; r += kPerWord<E>, src += kPerWord<E> * gate_row, dst += nr * kLanes)
+      put_words(nr, dst, [&](int i, int q) {
+        const V d = r + i < rows ? load(src + i * gate_row + q * kPanelStride) : V{};
         sum[q] += d;
-        store(dst + (r * nr + q) * kLanes, d);
-      }
+        return d;
+      });
     for (int q = 0; q < nr && db; ++q) {
       T* out = db + panel * kPanelWidth + q * kLanes;
       store(out, load(out) + sum[q]);
@@ -302,7 +355,7 @@ struct WeightGradients : SequenceLayout<Cell, T> {
   // The chunk's part of the weight gradients: of each panel of gates, part `part` of `parts` of the rows of dW_ih^T and
   // dW_hh^T, one after the other.
   void chunk_weights(const Scratch& s, int64_t t0, int64_t rows, int64_t panel, int64_t part, int64_t parts,
-                     T* buffer) const {
+                     W* buffer) const {
     constexpr bool same = Cell::kInput == Cell::kRecurrent;  // then one copy serves both products and both biases
     const int nr = panel_vectors(panel);
     const int64_t inputs = p.dw_ih && !p.tokens.data ? I : 0, total = inputs + (p.dw_hh ? P : 0);
@@ -332,16 +385,20 @@ struct WeightGradients : SequenceLayout<Cell, T> {
   }
 
   // The chunk's part of dW_hr = dh^T h_raw, panels [begin, end) of its columns.
-  void chunk_projection(const Scratch& s, int64_t t0, int64_t rows, int64_t begin, int64_t end, T* buffer,
+  void chunk_projection(const Scratch& s, int64_t t0, int64_t rows, int64_t begin, int64_t end, W* buffer,
                         T* hidden) const {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int nr = column_vectors(H, panel);
       const int64_t v0 = first_column(H, panel) / kLanes;
       for (int64_t r = 0; r < rows; r += kPanelRows) {
         const int64_t n = min(kPanelRows, rows - r);
-        for (int64_t i = 0; i < n; ++i)
-          copy(buffer + i * nr * kLanes, recompute_hidden(row(t0, r + i), v0, v0 + nr, hidden) + v0 * kLanes,
-               nr * kLanes);
+        for (int64_t i = 0; i < n; i += kPerWord<E>) {
+          const T* of[kPerWord<E>] = {};  // rows in pieces of `hidden`, which has room for kUnits
+          for (int64_t k = 0; k < min(kPerWord<E>, n - i); ++k)
+            of[k] = recompute_hidden(row(t0, r + i + k), v0, v0 + nr, hidden + k * ld_buffer()) + v0 * kLanes;
+          put_words(nr, buffer + i / kPerWord<E> * nr * kLanes,
+                    [&](int k, int q) { return of[k] ? load(of[k] + q * kLanes) : V{}; });
+        }
         accumulate(s, 0, P, s.dproj_t + r, n, nr, buffer, s.dw_hr + v0 * kLanes, ld_h);
       }
     }
@@ -387,8 +444,9 @@ struct WeightGradients : SequenceLayout<Cell, T> {
   // The weight gradients of a call with few rows, straight to their place: row g*H + u of dW_ih is the sum over the
   // rows r of dgates[r, u, g] * x_r, of dW_hh the same with h_prev. Tokens, or null, stand for one-hot rows `left`.
   // Gates' units [begin, end).
-  void direct_weights(int64_t rows, const T* dgates, const T* const* left, const int64_t* tokens, int64_t K,
-                      const int* gate_of, int first_slot, T* dw, T* db, int64_t begin, int64_t end,
+  template <typename Left>
+  void direct_weights(int64_t rows, const T* dgates, const Left* const* left, const int64_t* tokens, int64_t K,
+                      const int* gate_of, int first_slot, E* dw, E* db, int64_t begin, int64_t end,
                       int gates = kGates) const {
     for (int q = 0; q < gates; ++q)
       for (int64_t u = begin; u < end; ++u) {
@@ -396,13 +454,17 @@ struct WeightGradients : SequenceLayout<Cell, T> {
         if (db) {
           T sum = 0;
           for (int64_t r = 0; r < rows; ++r) sum += d[r * gate_row];
-          db[gate_of[q] * H + u] = sum;
+          db[gate_of[q] * H + u] = narrow<E>(sum);
         }
         if (!dw) continue;
-        T* out = dw + (gate_of[q] * H + u) * K;
+        E* out = dw + (gate_of[q] * H + u) * K;
         if (tokens) {
           zero(out, K);
-          for (int64_t r = 0; r < rows; ++r) out[tokens[r]] += d[r * gate_row];
+          for (int64_t r = 0; r < rows; ++r) {
+            T sum = 0;  // of all rows with this token, each time again
+            for (int64_t i = 0; i < rows; ++i) sum += tokens[i] == tokens[r] ? d[i * gate_row] : 0;
+            out[tokens[r]] = narrow<E>(sum);
+          }
           continue;
         }
         int64_t k = 0;
@@ -413,13 +475,14 @@ struct WeightGradients : SequenceLayout<Cell, T> {
         }
         for (; k < K; ++k) {
           T sum = 0;
-          for (int64_t r = 0; r < rows; ++r) sum += d[r * gate_row] * left[r][k];
-          out[k] = sum;
+          for (int64_t r = 0; r < rows; ++r) sum += d[r * gate_row] * widen(left[r][k]);
+          out[k] = narrow<E>(sum);
         }
       }
   }
   void direct_weights(const Scratch& s, int64_t rows) const {
-    const T *x[kInPlaceRows], *h[kInPlaceRows];
+    const E* x[kInPlaceRows];
+    const T* h[kInPlaceRows];
     int64_t tokens[kInPlaceRows];
     each_row_batch(0, 0, rows, kInPlaceRows, [&](int64_t, int64_t n, const int64_t* t, const int64_t* j) {
       for (int64_t i = 0; i < n; ++i) {
@@ -448,7 +511,7 @@ struct WeightGradients : SequenceLayout<Cell, T> {
   }
 
   // [gate_panels, K, kPanelWidth] transposed and unpadded to torch's [G*H, K]; with K = 1 a bias.
-  void unpack_gates(const T* from, int64_t K, const int* gate_of, T* to) const {
+  void unpack_gates(const T* from, int64_t K, const int* gate_of, E* to) const {
     if (!to) return;
     parallel(gate_panels, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel)
