@@ -149,9 +149,9 @@ py::dict explain(const std::string& name, int64_t T, int64_t N, int64_t I, int64
     throw py::value_error("device: expected None, for this build has no CUDA kernels: " RNNFAST_NO_CUDA);
 #endif
   }
-  const Plan plan = make_plan(size, cell, threads, false);
   const DriverTable& table = drivers();
   const bool narrows = dtype == "bfloat16" && !recompute && table.bf16[&cell - table.cells].forward;
+  const Plan plan = make_plan(size, cell, narrows ? 2 : is_double ? 8 : 4, threads, false);
   d["isa"] = table.isa;
   d["product_dtype"] = narrows ? d["dtype"] : d["accumulate_dtype"];
   d["packed_weights"] = plan.packed;

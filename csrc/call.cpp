@@ -432,7 +432,7 @@ SequenceParams<T, E> Call::params(bool backward) const {
   p.size = size_;
   Sizes work = size_;
   if (is_tokens_) work.I = 1;  // a look-up, whatever the vocabulary
-  p.plan = make_plan(work, cell_, at::in_parallel_region() ? 1 : at::get_num_threads(), backward);
+  p.plan = make_plan(work, cell_, sizeof(E), at::in_parallel_region() ? 1 : at::get_num_threads(), backward);
   p.reverse = reverse_;
   p.is_first_part = p.is_last_part = true;
   p.is_packed = is_packed_;

@@ -203,6 +203,7 @@ const char* const* supported_isas();  // best first, ends with null
 bool set_isa(const char* name);       // false: unknown, or not of this machine
 // One more for set_isa, compiled elsewhere from this header: tests add the GPU drivers over an emulated device.
 void add_drivers(const DriverTable*);
-Plan make_plan(const Sizes&, const CellInfo&, int threads, bool backward);
+// `number_bytes` of what the products multiply.
+Plan make_plan(const Sizes&, const CellInfo&, int64_t number_bytes, int threads, bool backward);
 
 }  // namespace rnnfast

@@ -50,7 +50,7 @@ struct SequenceBackward : WeightGradients<Cell, T, E> {
   using Base::load_vectors;
   using Base::N;
   using Base::narrow_gates;
-  using Base::narrowed;
+  using Base::operand;
   using Base::outside;
   using Base::P;
   using Base::p;
@@ -83,16 +83,17 @@ struct SequenceBackward : WeightGradients<Cell, T, E> {
         for (int64_t u = 0; u < P; ++u) dh[u] += widen(dy[u]);
       }
       copy(s.dprojected + (row(t, j) - row(t0, 0)) * ld_p, dh, ld_p);
+      if constexpr (kNarrows) convert(s.narrow_dh + j * ld_p, dh, ld_p);
     }
   }
-  void backward_projection(const Scratch& s, int64_t t, const E* dh, int64_t j0, int64_t j1, int64_t panel0,
-                           int64_t panel1) const {
+  void backward_projection(const Scratch& s, int64_t t, int64_t j0, int64_t j1, int64_t panel0, int64_t panel1) const {
     const int64_t last = min(j1, p.active[t]);
     for (int64_t j = j0; j < last; j += kRowBatch) {
       const int64_t n = min(kRowBatch, last - j);
       const E* a[kRowBatch];
       T* c[kRowBatch];
-      for (int64_t i = 0; i < n; ++i) a[i] = dh + (j + i) * ld_p, c[i] = s.dh_raw + (j + i) * ld_h;
+      for (int64_t i = 0; i < n; ++i)
+        a[i] = operand(s.dh, s.narrow_dh) + (j + i) * ld_p, c[i] = s.dh_raw + (j + i) * ld_h;
       packed_product(n, P, s.w_hr, H, panel0, panel1, RowOperands<E>{a, nullptr, c, 0, 0});
     }
   }
@@ -254,8 +255,7 @@ struct SequenceBackward : WeightGradients<Cell, T, E> {
       const int64_t t = time(step);
       if (projected) {
         add_output(s, t0, t, j0, j1);
-        const E* dh = narrowed(s.dh, ld_p, j0, min(j1, p.active[t]), s.narrow_dh);
-        divide(column_panels(H), [&](int64_t a, int64_t b) { backward_projection(s, t, dh, j0, j1, a, b); });
+        divide(column_panels(H), [&](int64_t a, int64_t b) { backward_projection(s, t, j0, j1, a, b); });
       }
       if constexpr (Cell::kNorms > 0)
         divide(j1 - j0, [&](int64_t a, int64_t b) { backward_rows(s, t0, t, j0 + a, j0 + b); });
@@ -267,7 +267,7 @@ struct SequenceBackward : WeightGradients<Cell, T, E> {
       }
       if (step > 0 || p.dh0)
         divide(column_panels(P), [&](int64_t a, int64_t b) { backward_hidden(s, t0, t, j0, j1, a, b); });
-      apply_resets(s.dh, s.dc, t, j0, j1);
+      apply_resets(s.dh, s.dc, nullptr, t, j0, j1);
     }
   }
 

@@ -96,15 +96,15 @@ void add_drivers(const DriverTable* table) {
   added = table;
 }
 
-Plan make_plan(const Sizes& size, const CellInfo& cell, int threads, bool backward) {
+Plan make_plan(const Sizes& size, const CellInfo& cell, int64_t number_bytes, int threads, bool backward) {
   // Nanoseconds of one core below which waking other threads costs more than it saves, and what a call is guessed to
   // take: multiply-adds at the rate of full or of nearly empty register tiles, and moving every weight once.
   constexpr double kParallelTime = 60e3;
   constexpr double kFullRate = 70, kSingleRate = 25, kPackTime = 0.3, kReadTime = 0.13;
   // Multiply-adds of one thread in one step that repay meeting after it.
   constexpr double kParallelStep = 1 << 16;
-  // Recurrent weights, in elements, that stay in the second-level cache of one core.
-  constexpr double kOwnCache = 1 << 18;
+  // Bytes of recurrent weights that do not stay in the second-level cache of one core.
+  constexpr double kOwnCache = 1 << 20;
   // Rows per chunk: the chunk's gates should stay in the second-level cache; backward wants long sums instead.
   constexpr int64_t kForwardRows = 256, kBackwardRows = 512;
 
@@ -123,7 +123,8 @@ Plan make_plan(const Sizes& size, const CellInfo& cell, int threads, bool backwa
   if (plan.threads > 1) {
     // Splitting the batch needs no meeting of threads, but every thread reads all weights. Where those come from beyond
     // the thread's own cache, or with few sequences to share them, it is faster to read only a part of the weights.
-    const bool reading_dominates = size.N < 4 * plan.threads || gate_rows * static_cast<double>(size.P) > kOwnCache;
+    const double recurrent_bytes = gate_rows * static_cast<double>(size.P * number_bytes);
+    const bool reading_dominates = size.N < 4 * plan.threads || recurrent_bytes >= kOwnCache;
     if (reading_dominates && step_work >= kParallelStep * plan.threads)
       plan.schedule = Schedule::kUnits;
     else if (size.N > 1)

@@ -37,7 +37,7 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
   using Base::load_units;
   using Base::load_vectors;
   using Base::N;
-  using Base::narrowed;
+  using Base::operand;
   using Base::outside;
   using Base::p;
   using Base::P;
@@ -66,19 +66,19 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
   using typename Base::W;
 
   struct Scratch {
-    W *w_ih, *w_hh, *w_hr;  // panels; w_hh of the early gates
-    W* w_late;              // panels of the late gates of W_hh
-    T* bias;                // [gate_row]
-    T* h[2];                // [N, ld_p]; step s reads h[s % 2] and writes the other
-    T* c;                   // [N, ld_h]
-    T* h_raw;               // [N, ld_h] h before the projection
-    T* late;                // [N, ld_h] what the late gates' product is taken of
-    T* vectors;             // [kVectors, ld_h]
-    T *mask, *masked;       // [N, ld_p] recurrent_mask, and its product with h
-    E* narrow_h;            // [N, ld_p] what the recurrent products are taken of, or nothing
-    E* narrow_raw;          // [N, ld_h] h_raw, or nothing
-    E* input;               // [chunk_steps * N, words(I) words] where I is not whole words, or nothing
-    T* gates;               // [chunk_steps * N, gate_row] when they are not kept
+    W *w_ih, *w_hh, *w_hr;        // panels; w_hh of the early gates
+    W* w_late;                    // panels of the late gates of W_hh
+    T* bias;                      // [gate_row]
+    T* h[2];                      // [N, ld_p]; step s reads h[s % 2] and writes the other
+    T* c;                         // [N, ld_h]
+    T* h_raw;                     // [N, ld_h] h before the projection
+    T* late;                      // [N, ld_h] what the late gates' product is taken of, unless it is narrowed at once
+    T* vectors;                   // [kVectors, ld_h]
+    T *mask, *masked;             // [N, ld_p] recurrent_mask, and its product with h
+    E* narrow_h[2];               // [N, ld_p] what the recurrent product is taken of, as h; or nothing, as the next two
+    E *narrow_late, *narrow_raw;  // [N, ld_h] what those of the late gates and of the projection are taken of
+    E* input;                     // [chunk_steps * N, words(I) words] where I is not whole words, or nothing
+    T* gates;                     // [chunk_steps * N, gate_row] when they are not kept
     int64_t size;
     Scratch(const SequenceForward& d, T* base) {
       Arena<T> arena{base};
@@ -91,11 +91,12 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
       for (T*& one : h) one = arena.take(d.N * d.ld_p);
       c = arena.take(Cell::kHasCell ? d.N * d.ld_h : 0);
       h_raw = arena.take(d.projected ? d.N * d.ld_h : 0);
-      late = arena.take(kLateGates ? d.N * d.ld_h : 0);
+      late = arena.take(kLateGates && !kNarrows ? d.N * d.ld_h : 0);
       vectors = arena.take(kVectors * d.ld_h);
       mask = arena.take(d.p.recurrent_mask ? d.N * d.ld_p : 0);
       masked = arena.take(d.p.recurrent_mask ? d.N * d.ld_p : 0);
-      narrow_h = arena.template take<E>(kNarrows ? d.N * d.ld_p : 0);
+      for (E*& one : narrow_h) one = arena.template take<E>(kNarrows ? d.N * d.ld_p : 0);
+      narrow_late = arena.template take<E>(kNarrows && kLateGates ? d.N * d.ld_h : 0);
       narrow_raw = arena.template take<E>(kNarrows && d.projected ? d.N * d.ld_h : 0);
       input = arena.template take<E>(d.pads_input() ? d.p.plan.chunk_steps * d.N * d.padded_input() : 0);
       gates = arena.take(d.p.training ? 0 : d.p.plan.chunk_steps * d.N * d.gate_row);
@@ -189,14 +190,15 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
     }
   }
 
-  // One step of panels [panel0, panel1) of the units: recurrent product of h [N, ld_p], cell, and the new state to all
-  // its places. A cell with late gates takes two passes: that of the other gates ends with what the late gates' product
-  // is taken of. Of a cell with norms it is the product alone: the cell waits for the whole row (step_rows).
+  // One step of panels [panel0, panel1) of the units: recurrent product, cell, and the new state to all its places. A
+  // cell with late gates takes two passes: that of the other gates ends with what the late gates' product is taken of.
+  // Of a cell with norms it is the product alone: the cell waits for the whole row (step_rows).
   template <bool kLatePass>
-  void step_units(const Scratch& s, const Chunk& chunk, int64_t step, const E* h, int64_t j0, int64_t j1,
-                  int64_t panel0, int64_t panel1) const {
+  void step_units(const Scratch& s, const Chunk& chunk, int64_t step, int64_t j0, int64_t j1, int64_t panel0,
+                  int64_t panel1) const {
     constexpr int kFirst = kLatePass ? kEarlyGates : 0;
     const int64_t t = time(step), last = min(j1, p.active[t]);
+    const E* h = kLatePass ? operand(s.late, s.narrow_late) : operand(recurrent_input(s, step), s.narrow_h[step % 2]);
     for (int64_t j = j0; j < last; j += kRowBatch) {
       const int64_t n = min(kRowBatch, last - j);
       const E* a[kRowBatch];
@@ -223,13 +225,22 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
     if (!p.recurrent_mask) return;
     const int64_t last = min(j1, p.active[time(step)]);
     for (int64_t i = j0 * ld_p; i < last * ld_p; ++i) s.masked[i] = s.mask[i] * s.h[step % 2][i];
+    narrow_hidden(s.masked, s.narrow_h[step % 2], j0, last);
+  }
+  void narrow_hidden([[maybe_unused]] const T* h, [[maybe_unused]] E* to, [[maybe_unused]] int64_t j0,
+                     [[maybe_unused]] int64_t j1) const {
+    if constexpr (kNarrows) convert(to + j0 * ld_p, h + j0 * ld_p, (j1 - j0) * ld_p);
   }
 
   void step_late_input(const Scratch& s, int64_t step, int64_t j, int64_t v0, int64_t v1, T* gates) const {
     const T* h = recurrent_input(s, step) + j * ld_p;
     for (int64_t v = v0; v < v1; ++v) {
       V slot = load(gates + unit_offset(v, kSlots, 0));
-      store(s.late + j * ld_h + v * kLanes, Cell::late_input(slot, load(h + v * kLanes)));
+      const V late = Cell::late_input(slot, load(h + v * kLanes));
+      if constexpr (kNarrows)
+        store(s.narrow_late + j * ld_h + v * kLanes, late);
+      else
+        store(s.late + j * ld_h + v * kLanes, late);
       store(gates + unit_offset(v, kSlots, 0), slot);
     }
   }
@@ -255,6 +266,7 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
     const bool training = p.training;
     const T* const h_old = s.h[step % 2];
     T* const h_new = projected ? s.h_raw : s.h[(step + 1) % 2];
+    E* const narrow_new = projected ? s.narrow_raw : s.narrow_h[(step + 1) % 2];
     T* const all_hidden = projected || !training ? nullptr : p.hidden;
     for (int64_t j = j0; j < j0 + rows; ++j) {
       T* const gates = gates_of_row[j - j0];
@@ -267,9 +279,11 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
       E* const all_c = Cell::kHasCell && p.all_c.data ? outside(p.all_c, t, j) : nullptr;
       const E* const keep_h = p.keep_h.data ? outside(p.keep_h, t, j) : nullptr;
       const E* const keep_c = Cell::kHasCell && p.keep_c.data ? outside(p.keep_c, t, j) : nullptr;
+      [[maybe_unused]] E* const narrow_next = narrow_new + j * ld;
       const auto put = [=](int64_t u, V h) {
         if (keep_h) h = mixture(load_units(keep_h, u, units), load(h_prev + u), h);
         store(h_next + u, h);
+        if constexpr (kNarrows) store(narrow_next + u, h);
         if (output) store_units(output, u, units, h);
         if (hidden) store(hidden + u, h);
       };
@@ -310,14 +324,14 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
   }
 
   // The projection's part of a step, panels [panel0, panel1) of its columns.
-  void step_projection(const Scratch& s, int64_t step, const E* h_raw, int64_t j0, int64_t j1, int64_t panel0,
-                       int64_t panel1) const {
+  void step_projection(const Scratch& s, int64_t step, int64_t j0, int64_t j1, int64_t panel0, int64_t panel1) const {
     const int64_t t = time(step), last = min(j1, p.active[t]);
     for (int64_t j = j0; j < last; j += kRowBatch) {
       const int64_t n = min(kRowBatch, last - j);
       const E* a[kRowBatch];
       T* c[kRowBatch];
-      for (int64_t i = 0; i < n; ++i) a[i] = h_raw + (j + i) * ld_h, c[i] = s.h[(step + 1) % 2] + (j + i) * ld_p;
+      for (int64_t i = 0; i < n; ++i)
+        a[i] = operand(s.h_raw, s.narrow_raw) + (j + i) * ld_h, c[i] = s.h[(step + 1) % 2] + (j + i) * ld_p;
       packed_product(n, H, s.w_hr, P, panel0, panel1, RowOperands<E>{a, nullptr, c, 0, 0});
     }
     const int64_t first = first_column(P, panel0), end = min(first_column(P, panel1), ld_p);
@@ -325,6 +339,7 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
       const T* h = s.h[(step + 1) % 2] + j * ld_p;
       if (p.output.data) convert(outside(p.output, t, j) + first, h + first, min(end, P) - first);
       if (p.training) copy(p.hidden + row(t, j) * ld_p + first, h + first, end - first);
+      if constexpr (kNarrows) convert(s.narrow_h[(step + 1) % 2] + j * ld_p + first, h + first, end - first);
     }
   }
 
@@ -341,7 +356,10 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
   // All steps of sequences [j0, j1). `divide(n, body)` runs body(begin, end) over n panels, here or on several threads.
   template <typename Divide>
   void all_steps(const Scratch& s, int64_t j0, int64_t j1, Divide divide) const {
-    for (T* h : s.h) load_state(p.h0, P, h, j0, j1);
+    for (int i = 0; i < 2; ++i) {
+      load_state(p.h0, P, s.h[i], j0, j1);
+      narrow_hidden(s.h[i], s.narrow_h[i], j0, j1);
+    }
     if (Cell::kHasCell) load_state(p.c0, H, s.c, j0, j1);
     if (p.recurrent_mask) load_state(p.recurrent_mask, P, s.mask, j0, j1);
     for (int64_t s0 = 0; s0 < T_; s0 += p.plan.chunk_steps) {
@@ -350,23 +368,16 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
       pad_input(s, chunk, j0, j1);
       divide(gate_panels, [&](int64_t a, int64_t b) { input_product(s, chunk, j0, j1, a, b); });
       for (int64_t step = s0; step < s1; ++step) {
-        apply_resets(s.h[step % 2], s.c, time(step), j0, j1);
+        apply_resets(s.h[step % 2], s.c, s.narrow_h[step % 2], time(step), j0, j1);
         mask_hidden(s, step, j0, j1);
-        const int64_t last = min(j1, p.active[time(step)]);
-        const E* h = narrowed(recurrent_input(s, step), ld_p, j0, last, s.narrow_h);
         divide(gate_panels,
-               [&](int64_t a, int64_t b) { this->template step_units<false>(s, chunk, step, h, j0, j1, a, b); });
-        if constexpr (kLateGates > 0) {
-          const E* late = narrowed(s.late, ld_p, j0, last, s.narrow_h);
+               [&](int64_t a, int64_t b) { this->template step_units<false>(s, chunk, step, j0, j1, a, b); });
+        if constexpr (kLateGates > 0)
           divide(gate_panels,
-                 [&](int64_t a, int64_t b) { this->template step_units<true>(s, chunk, step, late, j0, j1, a, b); });
-        }
+                 [&](int64_t a, int64_t b) { this->template step_units<true>(s, chunk, step, j0, j1, a, b); });
         if constexpr (Cell::kNorms > 0)
           divide(j1 - j0, [&](int64_t a, int64_t b) { step_rows(s, chunk, step, j0 + a, j0 + b); });
-        if (projected) {
-          const E* raw = narrowed(s.h_raw, ld_h, j0, last, s.narrow_raw);
-          divide(column_panels(P), [&](int64_t a, int64_t b) { step_projection(s, step, raw, j0, j1, a, b); });
-        }
+        if (projected) divide(column_panels(P), [&](int64_t a, int64_t b) { step_projection(s, step, j0, j1, a, b); });
       }
     }
     store_last_state(s, j0, j1);

@@ -426,21 +426,21 @@ struct SequenceLayout {
     for (int64_t i = 0; i < units - u; ++i) row[u + i] = lane[i];
   }
 
-  // Rows [j0, j1) of [N, ld], ld a multiple of kLanes, as a product takes them: as they are, or narrowed to `to`.
-  const E* narrowed(const T* rows, int64_t ld, int64_t j0, int64_t j1, [[maybe_unused]] E* to) const {
-    if constexpr (kNarrows) {
-      convert(to + j0 * ld, rows + j0 * ld, (j1 - j0) * ld);
-      return to;
-    } else {
-      return rows;
-    }
+  // What a product is taken of: the narrow copy where there is one.
+  static const E* operand([[maybe_unused]] const T* wide, [[maybe_unused]] const E* narrow) {
+    if constexpr (kNarrows)
+      return narrow;
+    else
+      return wide;
   }
 
-  void apply_resets(T* h, T* c, int64_t t, int64_t j0, int64_t j1) const {
+  // narrow_h where kNarrows, if it is not null.
+  void apply_resets(T* h, T* c, [[maybe_unused]] E* narrow_h, int64_t t, int64_t j0, int64_t j1) const {
     if (!p.resets) return;
     for (int64_t j = j0; j < min(j1, p.active[t]); ++j)
       if (is_reset(t, j)) {
         zero(h + j * ld_p, ld_p);
+        if (kNarrows && narrow_h) zero(narrow_h + j * ld_p, ld_p);
         if (Cell::kHasCell) zero(c + j * ld_h, ld_h);
       }
   }

@@ -39,6 +39,7 @@ struct WeightGradients : SequenceLayout<Cell, T, E> {
   using Base::load_units;
   using Base::N;
   using Base::nothing;
+  using Base::operand;
   using Base::outside;
   using Base::P;
   using Base::p;
@@ -190,10 +191,7 @@ struct WeightGradients : SequenceLayout<Cell, T, E> {
 
   // The same as the products take it.
   const E* product_gates(const Scratch& s, int64_t t0, int64_t t, int64_t j) const {
-    if constexpr (kNarrows)
-      return s.narrow_gates + (row(t, j) - row(t0, 0)) * gate_row;
-    else
-      return chunk_gates(s, t0, t, j);
+    return operand(s.dgates, s.narrow_gates) + (row(t, j) - row(t0, 0)) * gate_row;
   }
   // Makes it so of slots [begin, end) of vectors of units [v0, v1).
   void narrow_gates([[maybe_unused]] const Scratch& s, [[maybe_unused]] const T* dgates, int64_t v0, int64_t v1,
