@@ -31,6 +31,20 @@ Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return t;
 }
 
+Scratch::Scratch(int64_t elements, const at::TensorOptions& options)
+    : bytes_(elements * static_cast<int64_t>(options.dtype().itemsize())) {
+  // Tests have uninitialized memory filled, and want this filled too.
+  keeps_ = options.device().is_cpu() && !(at::globalContext().deterministicAlgorithms() &&
+                                          at::globalContext().deterministicFillUninitializedMemory());
+  if (keeps_ && kept_.defined() && kept_.numel() >= bytes_) memory_ = std::move(kept_);
+  if (keeps_) kept_ = Tensor();  // before there is more
+  if (!memory_.defined()) memory_ = empty({bytes_}, options.dtype(at::kByte));
+}
+Scratch::~Scratch() {
+  if (keeps_ && memory_.numel() <= kMostKept) kept_ = std::move(memory_);
+}
+thread_local Tensor Scratch::kept_;
+
 namespace {
 
 // The types of a driver.
@@ -68,38 +82,6 @@ Rows<const E> view(const Tensor& t) {
   if (!t.defined()) return {nullptr, 0, 0};
   return {data<E>(t), t.dim() == 3 ? t.stride(0) : 0, t.stride(-2)};
 }
-
-// Scratch of a call. Each thread that calls on the CPU keeps its last one for the next call, up to kMostKept bytes:
-// memory fresh from the system is zeroed page by page, which can take as long as the call.
-class Scratch {
- public:
-  Scratch(int64_t elements, const at::TensorOptions& options)
-      : bytes_(elements * static_cast<int64_t>(options.dtype().itemsize())) {
-    // Tests have uninitialized memory filled, and want this filled too.
-    keeps_ = options.device().is_cpu() && !(at::globalContext().deterministicAlgorithms() &&
-                                            at::globalContext().deterministicFillUninitializedMemory());
-    if (keeps_ && kept_.defined() && kept_.numel() >= bytes_) memory_ = std::move(kept_);
-    if (keeps_) kept_ = Tensor();  // before there is more
-    if (!memory_.defined()) memory_ = empty({bytes_}, options.dtype(at::kByte));
-  }
-  ~Scratch() {
-    if (keeps_ && memory_.numel() <= kMostKept) kept_ = std::move(memory_);
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  template <typename T>
-  T* data() const {
-    return reinterpret_cast<T*>(memory_.mutable_data_ptr<uint8_t>());
-  }
-
- private:
-  static constexpr int64_t kMostKept = int64_t{1} << 27;
-  static thread_local Tensor kept_;
-  int64_t bytes_;
-  bool keeps_;
-  Tensor memory_;
-};
-thread_local Tensor Scratch::kept_;
 
 }  // namespace
 

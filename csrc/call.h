@@ -25,6 +25,27 @@ inline bool has(const MaybeTensor& t) {
 // megabytes panel by panel is a third slower with 4 KiB pages.
 Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 
+// Scratch of a call. Each thread that calls on the CPU keeps its last one for the next call, up to kMostKept bytes:
+// memory fresh from the system is zeroed page by page, which can take as long as the call.
+class Scratch {
+ public:
+  Scratch(int64_t elements, const at::TensorOptions& options);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  template <typename T>
+  T* data() const {
+    return reinterpret_cast<T*>(memory_.mutable_data_ptr<uint8_t>());
+  }
+
+ private:
+  static constexpr int64_t kMostKept = int64_t{1} << 27;
+  static thread_local Tensor kept_;
+  int64_t bytes_;
+  bool keeps_;
+  Tensor memory_;
+};
+
 // The arguments every operator starts with; shapes as checked by Call.
 #define RNNFAST_ARGUMENTS                                                                                              \
   const Tensor &input, const MaybeTensor &h0, const MaybeTensor &c0, const Tensor &weight_ih, const Tensor &weight_hh, \

@@ -167,6 +167,30 @@ struct SoftmaxParams {
   const int64_t* targets;   // [rows], 0 <= target < V
   T *total, *target_score;  // [rows], =: the loss is log(total) - target_score
   bool grad;
+  T scale;  // of what is left in scores
+};
+
+// The same of a linear layer's scores, with its gradients, for a chunk of rows. Units of work are blocks of kLossRows
+// rows; ld is a multiple of it, and P16 the next multiple of 16 after P.
+constexpr int64_t kLossRows = 64;
+template <typename T>
+struct LossParams {
+  SoftmaxParams<T> softmax;  // of W h, into scores
+  int64_t P;
+  const T* hidden;   // [rows, P]
+  const T* weight;   // [V, P]
+  T *rows_t, *rows;  // scratch of ld * P and ld * P16 elements: hidden in panels, of columns and of rows
+  T* weight_rows;    // scratch of V * P16 elements: W in panels of rows, made once for all chunks; or null
+  T* grad_hidden;    // [rows, P], =; or null
+  T* grad_weight;    // [V, P], +=; or null
+  T* grad_bias;      // [V], +=; or null
+};
+template <typename T>
+struct LossDriver {
+  void (*pack)(const LossParams<T>&, int64_t begin, int64_t end);  // rows [begin, end) of W to weight_rows
+  void (*rows)(const LossParams<T>&, int64_t begin, int64_t end);  // blocks: scores, softmax, grad_hidden
+  void (*weights)(const LossParams<T>&, int64_t begin,
+                  int64_t end);  // after all blocks: rows of grad_weight, grad_bias
 };
 
 constexpr int kMaxCells = 32;
@@ -190,6 +214,8 @@ struct DriverTable {
   Driver<float, BFloat16> bf16[kMaxCells];
   void (*softmax_f32)(const SoftmaxParams<float>&, int64_t begin, int64_t end);  // rows [begin, end)
   void (*softmax_f64)(const SoftmaxParams<double>&, int64_t begin, int64_t end);
+  LossDriver<float> loss_f32;
+  LossDriver<double> loss_f64;
 };
 
 #ifdef RNNFAST_CUDA

@@ -93,6 +93,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows, vocab_size = hidden.shape[0], weight.shape[0]
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         needs = [train and needed for needed in ctx.needs_input_grad[:3]]
+        if hidden.device.type == "cpu" and hidden.dtype == exact:
+            losses, *made = torch.ops.rnnfast._linear_loss.default(hidden, weight, bias, targets, chunk_rows, needs)
+            own = (grad if need else None for grad, need in zip(made, needs, strict=True))
+            ctx.save_for_backward(hidden, weight, bias, targets, *own)
+            mean: Tensor = losses.mean(dtype=torch.float64).to(exact)
+            return mean
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if needs[1] else None
         grad_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and needs[2] else None
@@ -150,8 +156,8 @@ def linear_cross_entropy(
 
     The value and the gradients are those of ``F.cross_entropy(F.linear(hidden, weight, bias), targets)``, up to
     rounding. torch has a function of this name from 2.13 on; this one serves the older versions too, and may be
-    differentiated again (with create_graph all scores are held). Only on the CPU the softmax is a kernel of ours;
-    elsewhere it is ``torch.log_softmax``, piece by piece.
+    differentiated again (with create_graph all scores are held). On the CPU products and softmax are kernels of ours,
+    in the 16-bit types only the softmax; elsewhere it is ``torch.log_softmax``, piece by piece.
 
     Args:
         hidden: ``[rows, P]``.

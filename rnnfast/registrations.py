@@ -304,6 +304,18 @@ def _softmax_loss_fake(scores: Tensor, bias: Tensor | None, targets: Tensor, gra
     return scores.new_empty(targets.shape)
 
 
+def _linear_loss_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_rows: int, needs: list[bool]
+) -> tuple[Tensor, ...]:
+    tensors = (hidden, weight, bias)
+    grads = (
+        t.new_empty(t.shape if need else 0) if t is not None else hidden.new_empty(0)
+        for t, need in zip(tensors, needs, strict=True)
+    )
+    return hidden.new_empty(targets.shape), *grads
+
+
+torch.library.register_fake("rnnfast::_linear_loss", _linear_loss_fake)
 torch.library.register_fake("rnnfast::_sample_products", _sample_products_fake)
 torch.library.register_fake("rnnfast::_softmax_loss_", _softmax_loss_fake)
 for _cell in _CELLS:

@@ -211,6 +211,67 @@ def test_softmax_loss_passes_opcheck_and_refuses():
             torch.ops.rnnfast._softmax_loss_(*arguments)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("rows", "size", "kinds", "chunk_rows"),
+    [(1, 1, 1, 8), (70, 32, 28, 70), (200, 64, 50, 64), (130, 67, 300, 65), (65, 150, 3, 1), (1030, 3, 7, 2048)],
+)
+def test_products_of_the_loss(isa, threads, dtype, rows, size, kinds, chunk_rows):
+    """Blocks, panels and chunks with and without remainders, on every instruction set; any subset of the gradients."""
+    torch.set_num_threads(threads)
+    hidden, weight, bias = torch.randn(rows, size), torch.randn(kinds, size) / size**0.5, torch.randn(kinds)
+    leaves = [t.to(dtype).requires_grad_() for t in (hidden, weight, bias)]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    targets = torch.randint(kinds, (rows,))
+    plain = F.cross_entropy(F.linear(*wide), targets)
+    wanted = torch.autograd.grad(plain, wide)
+    theirs = [leaf.detach().requires_grad_() for leaf in leaves]
+    narrow = torch.autograd.grad(F.cross_entropy(F.linear(*theirs), targets), theirs)
+    for needs in ([True] * 3, [False] * 3, [True, False, False], [False, True, False], [False, False, True]):
+        losses, *grads = torch.ops.rnnfast._linear_loss(*leaves[:3], targets, chunk_rows, needs)
+        torch.testing.assert_close(losses.double().mean(), plain, rtol=1e-6, atol=1e-6)
+        for need, have, low, want in zip(needs, grads, narrow, wanted, strict=True):
+            if not need:
+                assert have.numel() == 0
+                continue
+            error, error_of_torch = ((x.double() - want).abs().max().item() for x in (have, low))
+            floor = 8 * torch.finfo(dtype).eps * max(want.abs().max().item(), 1 / rows)
+            assert error <= 2 * error_of_torch + floor
+
+
+def test_linear_loss_passes_opcheck_and_refuses():
+    hidden, weight, bias, targets = torch.randn(7, 4), torch.randn(5, 4), torch.randn(5), torch.randint(5, (7,))
+    op, needs = torch.ops.rnnfast._linear_loss, [True] * 3
+    torch.library.opcheck(op.default, (hidden, weight, bias, targets, 3, needs))
+    torch.library.opcheck(op.default, (hidden, weight, None, targets, 3, [False, True, False]))
+    for arguments, error, match in (
+        ((hidden.half(), weight, bias, targets, 3, needs), TypeError, "hidden: expected float32 or float64"),
+        ((hidden[0], weight, bias, targets, 3, needs), ValueError, r"hidden: expected \[R, P\]"),
+        ((hidden, weight[:, :3], bias, targets, 3, needs), ValueError, r"weight: expected \[V, P\] with P = 4"),
+        ((hidden, weight.double(), bias, targets, 3, needs), TypeError, "weight and bias: expected Float"),
+        ((hidden, weight, bias[:4], targets, 3, needs), ValueError, r"bias: expected \[V\] with V = 5"),
+        ((hidden, weight, bias, targets[:6], 3, needs), ValueError, r"targets: expected \[R\] with R = 7"),
+        ((hidden, weight, bias, targets.int(), 3, needs), TypeError, "targets: expected int64"),
+        ((hidden, weight, bias, targets - 5, 3, needs), IndexError, "targets: expected 0 to 4"),
+        ((hidden, weight, bias, targets, 0, needs), ValueError, "chunk_rows: expected at least 1"),
+    ):
+        with pytest.raises(error, match=match):
+            op(*arguments)
+
+
+def test_linear_loss_with_numbers_that_are_not_finite():
+    """They stay in their rows, but for the sums over rows."""
+    hidden, weight = torch.randn(70, 4), torch.randn(5, 4)
+    hidden[3, 1] = math.nan
+    losses, grad_hidden, grad_weight, _ = torch.ops.rnnfast._linear_loss(
+        hidden, weight, None, torch.zeros(70, dtype=torch.int64), 64, [True, True, False]
+    )
+    for values in (losses, grad_hidden):
+        assert values[3].isnan().all() and values[torch.arange(70) != 3].isfinite().all()
+    assert grad_weight.isnan().all()
+
+
 @on_device
 def test_chunked_loss_backward_twice_and_partly():
     hidden, weight = torch.randn(10, 6, requires_grad=True), torch.randn(V, 6)

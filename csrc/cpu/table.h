@@ -2,7 +2,7 @@
 #pragma once
 
 #include "driver.h"
-#include "softmax.h"
+#include "loss.h"
 
 namespace rnnfast {
 inline namespace RNNFAST_ISA {
@@ -25,6 +25,8 @@ inline DriverTable make_table(const char* isa) {
   make_drivers(table.f64);
   table.softmax_f32 = softmax_loss<float>;
   table.softmax_f64 = softmax_loss<double>;
+  table.loss_f32 = {pack_loss_weights<float>, loss_rows<float>, loss_weights<float>};
+  table.loss_f64 = {pack_loss_weights<double>, loss_rows<double>, loss_weights<double>};
   return table;
 }
 
