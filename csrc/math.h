@@ -79,7 +79,7 @@ RNNFAST_FUNCTION VectorOf<float> at_most(VectorOf<float> x, float high) {
 }
 #endif
 
-// x = n ln 2 + r, then the Taylor series of e^r - 1. NaN stays NaN: every comparison with it is false.
+// x = n ln 2 + r, then the Taylor series of e^r - 1; x at most kMax. NaN stays NaN: every comparison with it is false.
 template <typename V>
 RNNFAST_FUNCTION Exponential<V> exponential(V x) {
   using F = Format<V>;
