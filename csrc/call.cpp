@@ -218,9 +218,10 @@ const Tensor& Call::step(const Tensor& input, bool packs) {
     using T = typename decltype(types)::T;
     using E = typename decltype(types)::E;
     auto p = params<T, E>(false);
-    if (is_first) step_plan_ = p.plan, step_plan_.packed = packs;
+    if (is_first) step_plan_ = p.plan, step_plan_.packed = packs, step_plan_.packs_columns = packs || is_tokens_;
     p.plan = step_plan_;  // what the scratch holds was made for it
-    p.is_first_part = is_first || !packs;
+    p.turned = step_is_turned_ = !step_is_turned_;
+    p.is_first_part = is_first;
     p.output = {mutable_data<E>(output_), size_.N * size_.P, size_.P};
     p.h_n = mutable_data<E>(h0_);  // the driver reads the old state before it writes the new one
     p.c_n = cell_.has_cell ? mutable_data<E>(c0_) : nullptr;
@@ -417,6 +418,8 @@ SequenceParams<T, E> Call::params(bool backward) const {
   p.plan = make_plan(work, cell_, sizeof(E), at::in_parallel_region() ? 1 : at::get_num_threads(), backward);
   p.reverse = reverse_;
   p.is_first_part = p.is_last_part = true;
+  static thread_local bool turned = false;
+  p.turned = turned = !turned;
   p.is_packed = is_packed_;
   p.parallel_for = [](int64_t n, int threads, void* context, void (*body)(void*, int64_t, int64_t)) {
     at::parallel_for(0, n, (n + threads - 1) / threads, [&](int64_t begin, int64_t end) { body(context, begin, end); });

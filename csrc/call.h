@@ -191,6 +191,7 @@ class Call {
   Tensor recurrent_mask_, zoneout_h_, zoneout_c_;
   Tensor output_, result_, scratch_;  // of step(): in the stored dtype, in the caller's; the driver's
   Plan step_plan_{};
+  bool step_is_turned_ = false;
   std::vector<int64_t> active_, first_row_, order_;
   Tensor on_device_;  // CUDA: lengths; packed: active_, then first_row_
 };

@@ -56,6 +56,7 @@ struct Plan {
   Schedule schedule;
   int threads;
   bool packed;          // weights rearranged into panels; else read in place (at most kInPlaceRows rows)
+  bool packs_columns;   // W_ih rearranged at least where tokens look up its columns
   int64_t chunk_steps;  // steps whose input product (backward: weight gradients) is done together
 };
 
@@ -102,6 +103,7 @@ struct SequenceParams {
   // but first_row goes on counting.
   bool is_first_part, is_last_part;
   bool has_step_after;  // step T, which is not this part's, follows in time
+  bool turned;          // weights are read in the other order; of calls that follow each other every second one
   bool is_packed;       // input and output are [R, ...], see Rows
   ParallelFor parallel_for;
   Device device;  // of a GPU driver

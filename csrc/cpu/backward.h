@@ -203,7 +203,7 @@ struct SequenceBackward : WeightGradients<Cell, T, E> {
       for (int64_t i = 0; i < n; ++i)
         a[i] = product_gates(s, t0, t, j + i) + (Cell::kRecurrent + kEarlyGates) * kUnits,
         c[i] = s.dlate + (j + i) * ld_h;
-      gradient_product(n, p.w_hh, s.w_late, Cell::kRecurrentGates + kEarlyGates, P, panel0, panel1, true,
+      gradient_product(t, n, p.w_hh, s.w_late, Cell::kRecurrentGates + kEarlyGates, P, panel0, panel1, true,
                        RowOperands<E>{a, nullptr, c, 0, 0}, kLateGates);
     }
   }
@@ -238,7 +238,7 @@ struct SequenceBackward : WeightGradients<Cell, T, E> {
       for (int64_t i = 0; i < n; ++i)
         a[i] = product_gates(s, t0, t, j + i) + Cell::kRecurrent * kUnits,
         c[i] = (p.recurrent_mask ? s.dmasked : s.dh) + (j + i) * ld_p;
-      gradient_product(n, p.w_hh, s.w_hh, Cell::kRecurrentGates, P, panel0, panel1, true,
+      gradient_product(t, n, p.w_hh, s.w_hh, Cell::kRecurrentGates, P, panel0, panel1, true,
                        RowOperands<E>{a, projected || p.recurrent_mask ? nullptr : c, c, 0, 0}, kEarlyGates);
       if (!p.recurrent_mask) continue;
       const int64_t first = first_column(P, panel0), end = min(first_column(P, panel1), P);

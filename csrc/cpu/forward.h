@@ -56,6 +56,7 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
   using Base::store_units;
   using Base::T_;
   using Base::time;
+  using Base::to_and_fro;
   using Base::unit_offset;
   using Base::unit_vectors;
   using Base::weight_lanes;
@@ -83,7 +84,7 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
     Scratch(const SequenceForward& d, T* base) {
       Arena<T> arena{base};
       const bool packed = d.p.plan.packed;
-      w_ih = arena.template take<W>(packed ? d.gate_panels * d.gate_panel_size(d.I) : 0);
+      w_ih = arena.template take<W>(d.packs_input() ? d.gate_panels * d.gate_panel_size(d.I) : 0);
       w_hh = arena.template take<W>(packed ? d.gate_panels * d.gate_panel_size(d.P, kEarlyGates) : 0);
       w_late = arena.template take<W>(packed && kLateGates ? d.gate_panels * d.gate_panel_size(d.P, kLateGates) : 0);
       w_hr = arena.template take<W>(d.projected ? d.column_panels(d.P) * column_panel_size(d.H) : 0);
@@ -114,6 +115,7 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
     return p.training ? p.gates + row(t, j) * gate_row : s.gates + ((t - chunk.t0) * N + j) * gate_row;
   }
 
+  bool packs_input() const { return p.plan.packed || (p.tokens.data && p.plan.packs_columns); }
   // Rows of the input are read by whole words: where they do not end with one the chunk's are copied.
   int64_t padded_input() const { return words(I) * kPerWord<E>; }
   bool pads_input() const { return p.plan.packed && !p.tokens.data && padded_input() != I; }
@@ -175,7 +177,7 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
     const int nr = panel_vectors(panel);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t word = token[r] / kPerWord<E>;
-      const W* column = p.plan.packed ? s.w_ih + panel * gate_panel_size(I) + word * nr * kLanes : nullptr;
+      const W* column = packs_input() ? s.w_ih + panel * gate_panel_size(I) + word * nr * kLanes : nullptr;
       for (int q = 0; q < nr; ++q) {
         const int64_t at = panel_offset(panel, kSlots, Cell::kInput) + q * kPanelStride;
         if (column) {
@@ -204,10 +206,10 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
       const E* a[kRowBatch];
       T* c[kRowBatch];
       for (int64_t i = 0; i < n; ++i) a[i] = h + (j + i) * ld_p, c[i] = gates_of(s, chunk, t, j + i);
-      for (int64_t panel = panel0; panel < panel1; ++panel)
+      to_and_fro(step, panel0, panel1, [&](int64_t panel, int64_t next) {
         gate_product(
             n, P, p.w_hh, kLatePass ? s.w_late : s.w_hh, Cell::kRecurrentGates + kFirst, Cell::kRecurrent + kFirst,
-            panel, panel + 1 < panel1 ? panel + 1 : panel0, RowOperands<E>{a, c, c, 0, 0},
+            panel, next, RowOperands<E>{a, c, c, 0, 0},
             [&](int64_t begin, int64_t end) {
               const int64_t v0 = first_unit(panel), v1 = first_unit(panel + 1);
               if constexpr (kLateGates > 0 && !kLatePass)
@@ -216,6 +218,7 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
                 step_cells(s, step, j + begin, end - begin, v0, v1, c + begin);
             },
             kLatePass ? kLateGates : kEarlyGates);
+      });
     }
   }
 
@@ -366,12 +369,20 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
       const int64_t s1 = min(s0 + p.plan.chunk_steps, T_);
       const Chunk chunk = p.reverse ? Chunk{s0, s1, T_ - s1, T_ - s0} : Chunk{s0, s1, s0, s1};
       pad_input(s, chunk, j0, j1);
-      divide(gate_panels, [&](int64_t a, int64_t b) { input_product(s, chunk, j0, j1, a, b); });
+      const bool is_only_step = T_ == 1 && kLateGates == 0;  // then threads need not meet between its two products
+      if (!is_only_step) divide(gate_panels, [&](int64_t a, int64_t b) { input_product(s, chunk, j0, j1, a, b); });
       for (int64_t step = s0; step < s1; ++step) {
         apply_resets(s.h[step % 2], s.c, s.narrow_h[step % 2], time(step), j0, j1);
         mask_hidden(s, step, j0, j1);
-        divide(gate_panels,
-               [&](int64_t a, int64_t b) { this->template step_units<false>(s, chunk, step, j0, j1, a, b); });
+        divide(gate_panels, [&](int64_t a, int64_t b) {
+          if (is_only_step)
+            to_and_fro(step, a, b, [&](int64_t panel, int64_t) {
+              input_product(s, chunk, j0, j1, panel, panel + 1);
+              this->template step_units<false>(s, chunk, step, j0, j1, panel, panel + 1);
+            });
+          else
+            this->template step_units<false>(s, chunk, step, j0, j1, a, b);
+        });
         if constexpr (kLateGates > 0)
           divide(gate_panels,
                  [&](int64_t a, int64_t b) { this->template step_units<true>(s, chunk, step, j0, j1, a, b); });
@@ -384,8 +395,8 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
   }
 
   void pack_weights(const Scratch& s) const {
+    if (packs_input()) pack_gates(p.w_ih, I, Cell::kInputGates, s.w_ih);
     if (p.plan.packed) {
-      pack_gates(p.w_ih, I, Cell::kInputGates, s.w_ih);
       pack_gates(p.w_hh, P, Cell::kRecurrentGates, s.w_hh, kEarlyGates);
       if constexpr (kLateGates > 0) pack_gates(p.w_hh, P, Cell::kRecurrentGates + kEarlyGates, s.w_late, kLateGates);
     }

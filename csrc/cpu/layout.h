@@ -156,6 +156,17 @@ struct SequenceLayout {
     return boundary < T_ + p.has_step_after && j < p.active[boundary] && p.resets[boundary * N + position(j)];
   }
 
+  // body(panel, next) for panels [begin, end), up in one step and down in the next: of weights that are larger than a
+  // cache it has those that were read last.
+  template <typename F>
+  void to_and_fro(int64_t step, int64_t begin, int64_t end, F body) const {
+    const bool down = p.turned != (step % 2 == 1);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t panel = down ? begin + end - 1 - i : i;
+      body(panel, i + 1 == end ? panel : down ? panel - 1 : panel + 1);
+    }
+  }
+
   template <typename F>
   void parallel(int64_t n, F body) const {
     if (p.plan.threads == 1 || n <= 1) {
@@ -336,24 +347,25 @@ struct SequenceLayout {
     }
   }
 
-  // C = C_in + dgates W over panels [panel0, panel1) of W's columns and `gates` gates from gate_of's first on; rows of
-  // A start at their first slot. Without packing c_in must be c_out or null.
-  void gradient_product(int64_t rows, const E* w, const W* panels, const int* gate_of, int64_t columns, int64_t panel0,
-                        int64_t panel1, bool is_padded, const RowOperands<E>& io, int gates = kGates) const {
+  // C = C_in + dgates W over panels [panel0, panel1) of W's columns, in the order of a step, and `gates` gates from
+  // gate_of's first on; rows of A start at their first slot. Without packing c_in must be c_out or null.
+  void gradient_product(int64_t step, int64_t rows, const E* w, const W* panels, const int* gate_of, int64_t columns,
+                        int64_t panel0, int64_t panel1, bool is_padded, const RowOperands<E>& io,
+                        int gates = kGates) const {
     if (!p.plan.packed) {
       gradient_in_place(rows, w, gate_of, columns, first_column(columns, panel0),
                         min(first_column(columns, panel1), columns), io, gates);
       return;
     }
-    for (int64_t panel = panel0; panel < panel1; ++panel) {
+    to_and_fro(step, panel0, panel1, [&](int64_t panel, int64_t next) {
       const int nr = column_vectors(columns, panel);
       const Inner inner = gates == kSlots ? Inner{1, words(ld_h * gates), 0}
                                           : Inner{ld_h / kUnits, words(gates * kUnits), words(kSlots * kUnits)};
       column_panel(rows, columns, panel, is_padded, io, [&](int64_t n, const RowOperands<E>& part) {
-        const int64_t size = column_panel_size(ld_h * gates), next = panel + 1 < panel1 ? panel + 1 : panel0;
+        const int64_t size = column_panel_size(ld_h * gates);
         panel_product<E>(n, nr, inner, panels + panel * size, part, nothing, panels + next * size);
       });
-    }
+    });
   }
 
   // The same for columns [first, end), W read once and in order: four of its rows at a time are added to each row of C.
@@ -434,7 +446,7 @@ struct SequenceLayout {
       return wide;
   }
 
-  // narrow_h where kNarrows, if it is not null.
+  // narrow_h: the copy of h where kNarrows, or null.
   void apply_resets(T* h, T* c, [[maybe_unused]] E* narrow_h, int64_t t, int64_t j0, int64_t j1) const {
     if (!p.resets) return;
     for (int64_t j = j0; j < min(j1, p.active[t]); ++j)

@@ -100,8 +100,7 @@ void loss_scores(const LossParams<T>& p, int64_t row) {
   }
 }
 
-// C [.., ld] for n rows and the columns of one panel: += where `adds`, else =. product(io) is called with the rows of C
-// in a buffer, where they are whole vectors.
+// C [n, P], the columns of one panel: += where `adds`, else =. product(rows) works on a copy of whole vectors.
 template <typename T, int64_t kMost, typename Product>
 void through_buffer(const LossPanels<T>& panels, int64_t panel, int64_t n, T* C, bool adds, Product product) {
   T buffer[kMost][LossPanels<T>::kWidth];

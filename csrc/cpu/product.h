@@ -189,8 +189,8 @@ void tile(Inner inner, const WordOf<E>* b, const RowOperands<E>& io, Prefetch ah
     for (int q = 0; q < NR; ++q) row[q] = load(from + q * kLanes);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const VectorOf<W> element =
-          load_word(a[m] + k) - VectorOf<W>{};  // a broadcast: x - 0 is x, where 0 + x is not for -0
+      // a broadcast: x - 0 is x, where 0 + x is not for -0
+      const VectorOf<W> element = load_word(a[m] + k) - VectorOf<W>{};
 #pragma GCC unroll 4
       for (int q = 0; q < NR; ++q) multiply_add<E>(acc[set][m][q], element, row[q]);
     }
@@ -392,14 +392,16 @@ void dot_product(int64_t rows, int64_t K, const E* w, int64_t ld, int64_t lanes,
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) multiply_add<E>(acc[i], element, load(as_words(r[i] + k)));
     }
-    T sum[kLanes];
-    store(sum, sum_lanes<T>(acc));
-    T* c = io.c_out[m] + io.offset;
-    store(c, load(io.c_in[m] + io.offset));
-    for (int64_t i = 0; i < lanes; ++i) {
-      for (int64_t tail = k; tail < K; ++tail) sum[i] += widen(a[tail]) * widen(r[i][tail]);
-      c[i] += sum[i];
+    VectorOf<T> sums = sum_lanes<T>(acc);
+    if (k < K || lanes < kLanes) {
+      T sum[kLanes];
+      store(sum, sums);
+      for (int64_t i = 0; i < kLanes; ++i)
+        for (int64_t tail = k; tail < K; ++tail) sum[i] += widen(a[tail]) * widen(r[i][tail]);
+      for (int64_t i = lanes; i < kLanes; ++i) sum[i] = 0;
+      sums = load(sum);
     }
+    store(io.c_out[m] + io.offset, load(io.c_in[m] + io.offset) + sums);
   }
 }
 

@@ -225,7 +225,7 @@ struct WeightGradients : SequenceLayout<Cell, T, E> {
   // `buffer` [kRowBatch, padded(I)] first.
   void chunk_dinput(const Scratch& s, int64_t t0, int64_t begin, int64_t end, int64_t panel0, int64_t panel1,
                     [[maybe_unused]] T* buffer) const {
-    each_row_batch(t0, begin, end, kRowBatch, [&](int64_t, int64_t n, const int64_t* t, const int64_t* j) {
+    each_row_batch(t0, begin, end, kRowBatch, [&](int64_t r, int64_t n, const int64_t* t, const int64_t* j) {
       const E* a[kRowBatch];
       T* c[kRowBatch];
       for (int64_t i = 0; i < n; ++i) {
@@ -235,7 +235,7 @@ struct WeightGradients : SequenceLayout<Cell, T, E> {
         else
           c[i] = outside(p.dinput, t[i], j[i]);
       }
-      gradient_product(n, p.w_ih, s.w_ih, Cell::kInputGates, I, panel0, panel1, kNarrows,
+      gradient_product(r / kRowBatch, n, p.w_ih, s.w_ih, Cell::kInputGates, I, panel0, panel1, kNarrows,
                        RowOperands<E>{a, nullptr, c, 0, 0});
       if constexpr (kNarrows)
         for (int64_t i = 0; i < n; ++i)
