@@ -141,8 +141,8 @@ def make_tables(folder: Path) -> tuple[str, str]:
             for against in ("best peer", "torch.nn")
         ]
         parts += [
-            "Beside the quickest, for each shape, of ONNX Runtime, OpenVINO, JAX and `torch.nn` (JAX and `torch.nn` in\n"
-            "training), which keep weights as they like them best between the calls:",
+            "Beside the quickest, for each shape, of ONNX Runtime, OpenVINO, JAX and `torch.nn` (JAX and `torch.nn`\n"
+            "in training), which keep weights as they like them best between the calls:",
             format_summary(rows),
         ]
     pages = [
