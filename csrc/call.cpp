@@ -218,7 +218,7 @@ const Tensor& Call::step(const Tensor& input, bool packs) {
     using T = typename decltype(types)::T;
     using E = typename decltype(types)::E;
     auto p = params<T, E>(false);
-    if (is_first) step_plan_ = p.plan, step_plan_.packed = packs, step_plan_.packs_columns = packs || is_tokens_;
+    if (is_first) step_plan_ = p.plan, step_plan_.packed = packs, step_plan_.packs_columns = is_tokens_;
     p.plan = step_plan_;  // what the scratch holds was made for it
     p.turned = step_is_turned_ = !step_is_turned_;
     p.is_first_part = is_first;
@@ -418,7 +418,7 @@ SequenceParams<T, E> Call::params(bool backward) const {
   p.plan = make_plan(work, cell_, sizeof(E), at::in_parallel_region() ? 1 : at::get_num_threads(), backward);
   p.reverse = reverse_;
   p.is_first_part = p.is_last_part = true;
-  static thread_local bool turned = false;
+  static thread_local bool turned = false;  // a loop over a layer calls it step by step; it changes no number
   p.turned = turned = !turned;
   p.is_packed = is_packed_;
   p.parallel_for = [](int64_t n, int threads, void* context, void (*body)(void*, int64_t, int64_t)) {

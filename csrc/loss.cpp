@@ -17,6 +17,15 @@
 namespace rnnfast {
 namespace {
 
+// targets as they lie in memory, each below V.
+Tensor checked(const Tensor& targets, int64_t V) {
+  const Tensor dense = targets.contiguous();
+  const int64_t* target = dense.const_data_ptr<int64_t>();
+  for (int64_t r = 0; r < dense.numel(); ++r)
+    TORCH_CHECK_INDEX(target[r] >= 0 && target[r] < V, "targets: expected 0 to ", V - 1, ", got ", target[r]);
+  return dense;
+}
+
 // scores [V, ld], contiguous, ld a multiple of kSoftmaxRows: column r < R is a row's scores, the others are scratch.
 // With `grad` each becomes its softmax less the one-hot row of its target, else anything. targets [R]; bias [V] is
 // added to the scores. Returns the R losses in natural units.
@@ -34,10 +43,7 @@ Tensor softmax_loss_(Tensor scores, const std::optional<Tensor>& bias, const Ten
                     bias->sizes());
   TORCH_CHECK_TYPE(!bias || bias->scalar_type() == scores.scalar_type(), "bias: expected ", scores.scalar_type(),
                    ", got ", bias->scalar_type());
-  const Tensor wanted = targets.contiguous(), offset = bias ? bias->contiguous() : Tensor();
-  const int64_t* target = wanted.const_data_ptr<int64_t>();
-  for (int64_t r = 0; r < rows; ++r)
-    TORCH_CHECK_INDEX(target[r] >= 0 && target[r] < V, "targets: expected 0 to ", V - 1, ", got ", target[r]);
+  const Tensor wanted = checked(targets, V), offset = bias ? bias->contiguous() : Tensor();
 
   Tensor total = at::empty({rows}, scores.options()), target_score = at::empty({rows}, scores.options());
   const auto run = [&](auto zero, auto driver) {
@@ -46,7 +52,7 @@ Tensor softmax_loss_(Tensor scores, const std::optional<Tensor>& bias, const Ten
     p.rows = rows, p.V = V, p.ld = ld;
     p.scores = scores.mutable_data_ptr<T>();
     p.bias = bias ? offset.const_data_ptr<T>() : nullptr;
-    p.targets = target;
+    p.targets = wanted.const_data_ptr<int64_t>();
     p.total = total.mutable_data_ptr<T>(), p.target_score = target_score.mutable_data_ptr<T>();
     p.grad = grad, p.scale = 1;
     constexpr int64_t kWork = 1 << 15;  // scores that repay waking another thread
@@ -81,11 +87,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_loss(const Tensor& hidden, con
   TORCH_CHECK_VALUE(targets.dim() == 1 && targets.size(0) == R && R > 0, "targets: expected [R] with R = ", R,
                     ", at least 1, got ", targets.sizes());
   TORCH_CHECK_VALUE(chunk_rows > 0, "chunk_rows: expected at least 1, got ", chunk_rows);
-  const Tensor h = hidden.contiguous(), w = weight.contiguous(), wanted = targets.contiguous(),
+  const Tensor h = hidden.contiguous(), w = weight.contiguous(), wanted = checked(targets, V),
                offset = bias ? bias->contiguous() : Tensor();
-  const int64_t* target = wanted.const_data_ptr<int64_t>();
-  for (int64_t r = 0; r < R; ++r)
-    TORCH_CHECK_INDEX(target[r] >= 0 && target[r] < V, "targets: expected 0 to ", V - 1, ", got ", target[r]);
 
   const auto options = hidden.options();
   const auto up = [](int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; };
@@ -123,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_loss(const Tensor& hidden, con
     if (needs[0]) parallel(V, P, driver.pack);
     for (int64_t first = 0; first < R; first += chunk_rows) {
       p.softmax.rows = std::min(chunk_rows, R - first);
-      p.softmax.targets = target + first;
+      p.softmax.targets = wanted.const_data_ptr<int64_t>() + first;
       p.softmax.total = at_row(total, first), p.softmax.target_score = at_row(target_score, first);
       p.hidden = h.const_data_ptr<T>() + first * P;
       p.grad_hidden = needs[0] ? at_row(grad_hidden, first * P) : nullptr;

@@ -56,7 +56,7 @@ struct Plan {
   Schedule schedule;
   int threads;
   bool packed;          // weights rearranged into panels; else read in place (at most kInPlaceRows rows)
-  bool packs_columns;   // W_ih rearranged at least where tokens look up its columns
+  bool packs_columns;   // W_ih rearranged all the same: tokens look up its columns, step after step
   int64_t chunk_steps;  // steps whose input product (backward: weight gradients) is done together
 };
 
@@ -189,10 +189,9 @@ struct LossParams {
 };
 template <typename T>
 struct LossDriver {
-  void (*pack)(const LossParams<T>&, int64_t begin, int64_t end);  // rows [begin, end) of W to weight_rows
-  void (*rows)(const LossParams<T>&, int64_t begin, int64_t end);  // blocks: scores, softmax, grad_hidden
-  void (*weights)(const LossParams<T>&, int64_t begin,
-                  int64_t end);  // after all blocks: rows of grad_weight, grad_bias
+  void (*pack)(const LossParams<T>&, int64_t begin, int64_t end);     // rows [begin, end) of W to weight_rows
+  void (*rows)(const LossParams<T>&, int64_t begin, int64_t end);     // blocks: scores, softmax, grad_hidden
+  void (*weights)(const LossParams<T>&, int64_t begin, int64_t end);  // then: rows of grad_weight, grad_bias
 };
 
 constexpr int kMaxCells = 32;

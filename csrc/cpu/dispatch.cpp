@@ -115,7 +115,6 @@ Plan make_plan(const Sizes& size, const CellInfo& cell, int64_t number_bytes, in
   Plan plan{};
   plan.chunk_steps = std::clamp<int64_t>(rows / std::max<int64_t>(size.N, 1), 1, std::max<int64_t>(size.T, 1));
   plan.packed = size.R > kInPlaceRows || plan.chunk_steps < size.T;  // few rows in place are one chunk
-  plan.packs_columns = plan.packed;
   plan.schedule = Schedule::kOneThread;
   plan.threads = std::clamp(threads, 1, 256);
   const double products = static_cast<double>(size.R) * weights / (size.N < 4 ? kSingleRate : kFullRate);

@@ -115,7 +115,7 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
     return p.training ? p.gates + row(t, j) * gate_row : s.gates + ((t - chunk.t0) * N + j) * gate_row;
   }
 
-  bool packs_input() const { return p.plan.packed || (p.tokens.data && p.plan.packs_columns); }
+  bool packs_input() const { return p.plan.packed || p.plan.packs_columns; }
   // Rows of the input are read by whole words: where they do not end with one the chunk's are copied.
   int64_t padded_input() const { return words(I) * kPerWord<E>; }
   bool pads_input() const { return p.plan.packed && !p.tokens.data && padded_input() != I; }

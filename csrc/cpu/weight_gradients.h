@@ -36,7 +36,6 @@ struct WeightGradients : SequenceLayout<Cell, T, E> {
   using Base::kVectors;
   using Base::ld_h;
   using Base::ld_p;
-  using Base::load_units;
   using Base::N;
   using Base::nothing;
   using Base::operand;
