@@ -24,6 +24,10 @@
 //                                    more
 //   kHasResident                     a GPU keeps its recurrent weights near the processors (cuda/resident.h), at the
 //                                    price of many kernels to compile
+//   kOutputSlots                     a bit for each slot that forward_output reads. If not 0, forward is also there in
+//                                    two parts, forward_gates and then forward_output: the second takes an activation
+//                                    of what the activations of the first gave, so that a processor gains by doing
+//                                    the first of several units before the second
 //   kNorms                           how many parts of the slots are normalized before the cell reads them (LayerNorm)
 //   kGains                           vectors of H weights of a cell with norms: its w
 #pragma once
@@ -47,6 +51,7 @@ enum class Hidden {
 struct Common {
   static constexpr int kLateGates = 0, kPeepholes = 0, kNorms = 0, kGains = 0;
   static constexpr bool kHasResident = false;
+  static constexpr unsigned kOutputSlots = 0;
 };
 
 // h_t = f(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), f = tanh or relu. Elman 1990.
@@ -94,18 +99,26 @@ struct GRU : Common {
   static constexpr bool kHasResident = kReset && kUpdate;
   static constexpr Hidden kHidden = Hidden::kSaved;
   static constexpr int kR = 1, kZ = 1 + kReset, kRecurrentN = kSlots - 1;
+  static constexpr unsigned kOutputSlots = !kReset ? 0 : kUpdate ? 1u | 1u << kZ : 1u;
 
   template <typename V>
-  RNNFAST_FUNCTION static void forward(V (&slot)[kSlots], V h_prev, V, V& h, V&, const V*) {
+  RNNFAST_FUNCTION static void forward(V (&slot)[kSlots], V h_prev, V c_prev, V& h, V& c, const V* w) {
+    forward_gates(slot, h_prev, c_prev, c, w);
+    h = forward_output(slot, h_prev, c, w);
+  }
+  template <typename V>
+  RNNFAST_FUNCTION static void forward_gates(V (&slot)[kSlots], V, V, V&, const V*) {
     if constexpr (kReset) {
       slot[kR] = sigmoid(slot[kR]);
       slot[0] += slot[kR] * slot[kRecurrentN];
     }
-    h = slot[0] = tanh(slot[0]);
-    if constexpr (kUpdate) {
-      slot[kZ] = sigmoid(slot[kZ]);
-      h += slot[kZ] * (h_prev - h);
-    }
+    if constexpr (kUpdate) slot[kZ] = sigmoid(slot[kZ]);
+  }
+  template <typename V>
+  RNNFAST_FUNCTION static V forward_output(V (&slot)[kSlots], V h_prev, V, const V*) {
+    const V n = slot[0] = tanh(slot[0]);
+    if constexpr (kUpdate) return n + slot[kZ] * (h_prev - n);
+    return n;
   }
 
   template <typename V>
@@ -212,6 +225,7 @@ struct LSTM : Common {
   static constexpr int kI = 0, kF = 1, kG = 2 - kCoupled, kO = 3 - kCoupled;
   static constexpr int kPeepholes = kPeephole ? 3 - kCoupled : 0;
   static constexpr int kPeepholeSlots[] = {kI, kCoupled ? kO : kF, kO};
+  static constexpr unsigned kOutputSlots = 1u << kO;
 
   template <typename V>
   RNNFAST_FUNCTION static V next_cell(const V (&slot)[kSlots], V c_prev) {
@@ -222,7 +236,12 @@ struct LSTM : Common {
   }
 
   template <typename V>
-  RNNFAST_FUNCTION static void forward(V (&slot)[kSlots], V, V c_prev, V& h, V& c, const V* w) {
+  RNNFAST_FUNCTION static void forward(V (&slot)[kSlots], V h_prev, V c_prev, V& h, V& c, const V* w) {
+    forward_gates(slot, h_prev, c_prev, c, w);
+    h = output(slot, c);
+  }
+  template <typename V>
+  RNNFAST_FUNCTION static void forward_gates(V (&slot)[kSlots], V, V c_prev, V& c, const V* w) {
     if constexpr (kPeephole) {
       slot[kI] += w[0] * c_prev;
       if constexpr (!kCoupled) slot[kF] += w[1] * c_prev;
@@ -233,7 +252,10 @@ struct LSTM : Common {
     c = next_cell(slot, c_prev);
     if constexpr (kPeephole) slot[kO] += w[kPeepholes - 1] * c;
     slot[kO] = sigmoid(slot[kO]);
-    h = output(slot, c);
+  }
+  template <typename V>
+  RNNFAST_FUNCTION static V forward_output(V (&slot)[kSlots], V, V c, const V*) {
+    return output(slot, c);
   }
 
   template <typename V>
@@ -299,6 +321,7 @@ struct LayerNorm : Common {
   static constexpr const int *kInputGates = Plain::kInputGates, *kRecurrentGates = Plain::kRecurrentGates;
   static constexpr Hidden kHidden = Hidden::kSaved;
   static constexpr int kNorms = 2 + kHasCell, kGains = kC + 2 * kHasCell;
+  static constexpr unsigned kOutputSlots = Plain::kOutputSlots << kPlain | unsigned{kHasCell} << kC;
   // Where the products meet Plain's slots.
   static constexpr int kMeetInput = kPlain + Plain::kInput, kMeetRecurrent = kPlain + Plain::kRecurrent;
 
@@ -311,27 +334,28 @@ struct LayerNorm : Common {
     for (int s = 0; s < Plain::kSlots; ++s) slot[kPlain + s] = plain[s];
   }
 
-  // From the normals of the products. An LSTM's h is left to `output`.
+  // From the normals of the products.
   template <typename V>
-  RNNFAST_FUNCTION static void forward(V (&slot)[kSlots], V h_prev, V c_prev, V& h, V& c, const V* w) {
+  RNNFAST_FUNCTION static void forward_gates(V (&slot)[kSlots], V h_prev, V c_prev, V& c, const V* w) {
     for (int s = kPlain; s < kC; ++s) slot[s] = w[s];
     for (int q = 0; q < kGates; ++q) {
       slot[kMeetInput + q] += w[q] * slot[q];
       slot[kMeetRecurrent + q] += w[kGates + q] * slot[kGates + q];
     }
-    as_plain(slot, [&](auto& plain) { Plain::forward(plain, h_prev, c_prev, h, c, w); });
+    as_plain(slot, [&](auto& plain) { Plain::forward_gates(plain, h_prev, c_prev, c, w); });
     if constexpr (kHasCell) slot[kC] = c;
   }
 
-  // h' of an LSTM, from the normal of c'.
+  // Of an LSTM from the normal of c'.
   template <typename V>
-  RNNFAST_FUNCTION static V output(V (&slot)[kSlots], V normal, const V* w) {
+  RNNFAST_FUNCTION static V forward_output(V (&slot)[kSlots], V h_prev, V normal, const V* w) {
     V h;
-    as_plain(slot, [&](auto& plain) { h = Plain::output(plain, w[kC] * normal + w[kC + 1]); });
+    if constexpr (kHasCell) normal = w[kC] * normal + w[kC + 1];
+    as_plain(slot, [&](auto& plain) { h = Plain::forward_output(plain, h_prev, normal, w); });
     return h;
   }
-  // Its backward: o's part in Plain's slots, and in slot kC the gradient of gain_c * normal + b_c. Returns the
-  // normal's.
+  // The backward of that of an LSTM: o's part in Plain's slots, and in slot kC the gradient of gain_c * normal + b_c.
+  // Returns the normal's.
   template <typename V>
   RNNFAST_FUNCTION static V backward_output(V (&slot)[kSlots], V normal, V dh, const V* w) {
     slot[kC] = V{};

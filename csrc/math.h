@@ -29,29 +29,40 @@ struct Lanes {
 template <typename T>
 using VectorOf = typename Lanes<T>::Vector;
 
-// What differs between float and double in `exp`: the integer of the same width, the format's constants, and how many
-// Taylor terms reach half an ulp on |r| <= ln(2) / 2 (the first one left out is r^8/8! < 2^-27, r^14/14! < 2^-57).
+// What differs between float and double in `exponential`: the integer of the same width, the format's constants, and
+// the series (e^r - 1 - r) / r^2 on |r| <= ln(2) / 2, first the coefficient of its highest power.
 template <typename V>
 struct Format;
 
 template <>
 struct Format<VectorOf<float>> {
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
-  static constexpr int kMantissaBits = 23, kBias = 127, kTerms = 7;
+  static constexpr int kMantissaBits = 23;
   static constexpr int32_t kSignBit = INT32_MIN;
-  static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer, kept in the low mantissa bits
+  // Adding it rounds to an integer n; the low mantissa bits then are n + 127, the exponent field of 2^n.
+  static constexpr float kRound = 0x1.8p23f + 127;
+#ifdef __FMA__
+  static constexpr float kLn2High = 0x1.62e43p-1f, kLn2Low = 0;  // off by 2^-29, and n * high is not rounded
+#else
   static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;  // ln 2 = high + low; n * high is exact
+#endif
   static constexpr float kMin = -87.0f, kMax = 89.0f;  // 2^n stays a normal number below, becomes inf above
+  // Minimax: e^r - 1 comes out with a relative error below 2^-26.
+  static constexpr float kSeries[] = {0x1.6be908p-10f, 0x1.122862p-7f, 0x1.555678p-5f, 0x1.5554aep-3f, 0.5f};
 };
 
 template <>
 struct Format<VectorOf<double>> {
   typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
-  static constexpr int kMantissaBits = 52, kBias = 1023, kTerms = 13;
+  static constexpr int kMantissaBits = 52;
   static constexpr int64_t kSignBit = INT64_MIN;
-  static constexpr double kRound = 0x1.8p52;
+  static constexpr double kRound = 0x1.8p52 + 1023;
   static constexpr double kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33;
   static constexpr double kMin = -708.0, kMax = 710.0;
+  // Taylor's, 1/k! for k = 13 .. 2; the first term left out is r^14/14! < 2^-57.
+  static constexpr double kSeries[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800,
+                                       1.0 / 362880,     1.0 / 40320,     1.0 / 5040,     1.0 / 720,
+                                       1.0 / 120,        1.0 / 24,        1.0 / 6,        1.0 / 2};
 };
 
 // e^x = scale * (1 + fraction) with scale = 2^n and |fraction| < 0.42. Kept apart so that e^x - 1 loses no digits.
@@ -79,32 +90,26 @@ RNNFAST_FUNCTION VectorOf<float> at_most(VectorOf<float> x, float high) {
 }
 #endif
 
-// x = n ln 2 + r, then the Taylor series of e^r - 1; x at most kMax. NaN stays NaN: every comparison with it is false.
-template <typename V>
+// e^(kFactor x) = 2^n e^r, for kFactor x from kMin to kMax. NaN stays NaN.
+template <int kFactor, typename V>
 RNNFAST_FUNCTION Exponential<V> exponential(V x) {
   using F = Format<V>;
-  using Int = typename F::Int;
-  x = at_least(x, F::kMin);
-  constexpr double kLog2E = 1.4426950408889634074;
   using T = decltype(F::kMin + F::kMin);
-  const V shifted = x * static_cast<T>(kLog2E) + F::kRound;
+  constexpr double kLog2E = 1.4426950408889634074;
+  const V shifted = x * static_cast<T>(kFactor * kLog2E) + F::kRound;
   const V n = shifted - F::kRound;
-  const V r = (x - n * F::kLn2High) - n * F::kLn2Low;
-  // 1/k! for k = 13 .. 2
-  constexpr double kInverseFactorial[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800,
-                                          1.0 / 362880,     1.0 / 40320,     1.0 / 5040,     1.0 / 720,
-                                          1.0 / 120,        1.0 / 24,        1.0 / 6,        1.0 / 2};
-  V q = V{} + static_cast<T>(kInverseFactorial[13 - F::kTerms]);
+  V r = x * static_cast<T>(kFactor) - n * F::kLn2High;
+  if constexpr (F::kLn2Low != 0) r -= n * F::kLn2Low;
+  V q = V{} + F::kSeries[0];
 #pragma GCC unroll 16
-  for (int k = 14 - F::kTerms; k < 12; ++k) q = q * r + static_cast<T>(kInverseFactorial[k]);
-  const Int exponent = reinterpret_cast<Int>(shifted) - reinterpret_cast<Int>(V{} + F::kRound) + F::kBias;
-  return {reinterpret_cast<V>(exponent << F::kMantissaBits), r * r * q + r};
+  for (size_t k = 1; k < sizeof(F::kSeries) / sizeof(T); ++k) q = q * r + F::kSeries[k];
+  return {reinterpret_cast<V>(reinterpret_cast<typename F::Int>(shifted) << F::kMantissaBits), r * r * q + r};
 }
 
 // 1 / (1 + e^-x)
 template <typename V>
 RNNFAST_FUNCTION V sigmoid(V x) {
-  const Exponential<V> e = exponential(at_most(-x, Format<V>::kMax));
+  const Exponential<V> e = exponential<-1>(at_most(at_least(x, -Format<V>::kMax), -Format<V>::kMin));
   return 1 / (1 + e.scale * (1 + e.fraction));  // this order keeps inf * (1 + fraction) = inf, never inf - inf
 }
 
@@ -112,11 +117,11 @@ RNNFAST_FUNCTION V sigmoid(V x) {
 template <typename V>
 RNNFAST_FUNCTION V tanh(V x) {
   using Int = typename Format<V>::Int;
-  const Int sign = reinterpret_cast<Int>(x) & Format<V>::kSignBit;
-  const V magnitude = reinterpret_cast<V>(reinterpret_cast<Int>(x) ^ sign);
-  const Exponential<V> e = exponential(-2 * magnitude);
+  constexpr auto kSign = Format<V>::kSignBit;
+  const Exponential<V> e =
+      exponential<2>(at_least(reinterpret_cast<V>(reinterpret_cast<Int>(x) | kSign), Format<V>::kMin / 2));
   const V d = (e.scale - 1) + e.scale * e.fraction;
-  return reinterpret_cast<V>(reinterpret_cast<Int>(-d / (2 + d)) | sign);
+  return reinterpret_cast<V>((reinterpret_cast<Int>(d / (2 + d)) & ~kSign) | (reinterpret_cast<Int>(x) & kSign));
 }
 
 // Zero where x is negative; NaN passes.

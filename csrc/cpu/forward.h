@@ -192,9 +192,14 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
     }
   }
 
+  // As many rows or fewer keep the pre-activations of all panels in the first-level cache.
+  static constexpr int64_t kFewRows = 8;
+
   // One step of panels [panel0, panel1) of the units: recurrent product, cell, and the new state to all its places. A
   // cell with late gates takes two passes: that of the other gates ends with what the late gates' product is taken of.
-  // Of a cell with norms it is the product alone: the cell waits for the whole row (step_rows).
+  // The cell follows the product block of rows by block of rows; with few rows it waits for all panels, so that the
+  // activations of many units overlap. Of a cell with norms this is the product alone: its cell waits for the whole row
+  // (step_rows).
   template <bool kLatePass>
   void step_units(const Scratch& s, const Chunk& chunk, int64_t step, int64_t j0, int64_t j1, int64_t panel0,
                   int64_t panel1) const {
@@ -206,6 +211,7 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
       const E* a[kRowBatch];
       T* c[kRowBatch];
       for (int64_t i = 0; i < n; ++i) a[i] = h + (j + i) * ld_p, c[i] = gates_of(s, chunk, t, j + i);
+      const bool cells_last = n <= kFewRows;
       to_and_fro(step, panel0, panel1, [&](int64_t panel, int64_t next) {
         gate_product(
             n, P, p.w_hh, kLatePass ? s.w_late : s.w_hh, Cell::kRecurrentGates + kFirst, Cell::kRecurrent + kFirst,
@@ -215,10 +221,12 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
               if constexpr (kLateGates > 0 && !kLatePass)
                 for (int64_t i = begin; i < end; ++i) step_late_input(s, step, j + i, v0, v1, c[i]);
               else if constexpr (Cell::kNorms == 0)
-                step_cells(s, step, j + begin, end - begin, v0, v1, c + begin);
+                if (!cells_last) step_cells(s, step, j + begin, end - begin, v0, v1, c + begin);
             },
             kLatePass ? kLateGates : kEarlyGates);
       });
+      if constexpr (Cell::kNorms == 0 && (kLatePass || kLateGates == 0))
+        if (cells_last) step_cells(s, step, j, n, first_unit(panel0), first_unit(panel1), c);
     }
   }
 
@@ -260,10 +268,22 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
   // Exactly one of the two where the share is 0 or 1.
   static V mixture(V share, V kept, V made) { return share * kept + (1 - share) * made; }
 
+  // The places of one sequence at a step.
+  struct Row {
+    T* gates;
+    const T* h_prev;
+    T* h_next;
+    E *narrow_next, *output;
+    T* hidden;
+    const E* keep_h;
+  };
+
   // The cell of sequences [j0, j0 + rows), whose gates are given, for vectors of units [v0, v1); the new state goes to
-  // all its places.
+  // all its places. Where the cell has two parts each is done for all of them.
   void step_cells(const Scratch& s, int64_t step, int64_t j0, int64_t rows, int64_t v0, int64_t v1,
                   T* const* gates_of_row) const {
+    constexpr bool kTwoParts = Cell::kOutputSlots != 0;
+    const auto in_output = [](int slot) { return (Cell::kOutputSlots >> slot & 1) != 0; };
     // In locals: what is stored could else be what is read of *this.
     const int64_t t = time(step), units = H, ld = ld_h, first_row = row(t, 0);
     const bool training = p.training;
@@ -271,59 +291,85 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
     T* const h_new = projected ? s.h_raw : s.h[(step + 1) % 2];
     E* const narrow_new = projected ? s.narrow_raw : s.narrow_h[(step + 1) % 2];
     T* const all_hidden = projected || !training ? nullptr : p.hidden;
+    const auto row_of = [&](int64_t j) {
+      return Row{gates_of_row[j - j0],
+                 h_old + j * ld_p,
+                 h_new + j * ld,
+                 narrow_new + j * ld,
+                 projected || !p.output.data ? nullptr : outside(p.output, t, j),
+                 all_hidden ? all_hidden + (first_row + j) * ld : nullptr,
+                 p.keep_h.data ? outside(p.keep_h, t, j) : nullptr};
+    };
+    const auto put = [units](const Row& at, int64_t u, V h) {
+      if (at.keep_h) h = mixture(load_units(at.keep_h, u, units), load(at.h_prev + u), h);
+      store(at.h_next + u, h);
+      if constexpr (kNarrows) store(at.narrow_next + u, h);
+      if (at.output) store_units(at.output, u, units, h);
+      if (at.hidden) store(at.hidden + u, h);
+    };
+    const auto h_before = [](const Row& at, int64_t u) {
+      return Cell::kHidden == Hidden::kSaved ? load(at.h_prev + u) : V{};
+    };
     for (int64_t j = j0; j < j0 + rows; ++j) {
-      T* const gates = gates_of_row[j - j0];
-      const T* const h_prev = h_old + j * ld_p;
-      T* const h_next = h_new + j * ld;
-      E* const output = projected || !p.output.data ? nullptr : outside(p.output, t, j);
-      T* const hidden = all_hidden ? all_hidden + (first_row + j) * ld : nullptr;
+      const Row at = row_of(j);
       T* const cell = Cell::kHasCell ? s.c + j * ld : nullptr;
       T* const kept_cell = Cell::kHasCell && training ? p.cells + (first_row + j) * ld : nullptr;
       E* const all_c = Cell::kHasCell && p.all_c.data ? outside(p.all_c, t, j) : nullptr;
-      const E* const keep_h = p.keep_h.data ? outside(p.keep_h, t, j) : nullptr;
       const E* const keep_c = Cell::kHasCell && p.keep_c.data ? outside(p.keep_c, t, j) : nullptr;
-      [[maybe_unused]] E* const narrow_next = narrow_new + j * ld;
-      const auto put = [=](int64_t u, V h) {
-        if (keep_h) h = mixture(load_units(keep_h, u, units), load(h_prev + u), h);
-        store(h_next + u, h);
-        if constexpr (kNarrows) store(narrow_next + u, h);
-        if (output) store_units(output, u, units, h);
-        if (hidden) store(hidden + u, h);
-      };
       Moments<T> of[2] = {};
       if constexpr (Cell::kNorms > 0)
-        of[0] = moments<kGates>(Slots<T>{gates, kSlots, Cell::kInput}, units),
-        of[1] = moments<kGates>(Slots<T>{gates, kSlots, Cell::kRecurrent}, units);
+        of[0] = moments<kGates>(Slots<T>{at.gates, kSlots, Cell::kInput}, units),
+        of[1] = moments<kGates>(Slots<T>{at.gates, kSlots, Cell::kRecurrent}, units);
       for (int64_t v = v0; v < v1; ++v) {
         const int64_t u = v * kLanes;
         V slot[kSlots];
 #pragma GCC unroll 16
-        for (int i = 0; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
+        for (int i = 0; i < kSlots; ++i) slot[i] = load(at.gates + unit_offset(v, kSlots, i));
 #pragma GCC unroll 16
         for (int i = 0; i < kFirstOwnSlot; ++i) slot[i] = of[i / kGates].normal(slot[i]);
-        V h, c{}, w[kVectors + 1];
+        V c{}, w[kVectors + 1];
         load_vectors(s.vectors, u, w);
-        Cell::forward(slot, Cell::kHidden == Hidden::kSaved ? load(h_prev + u) : V{},
-                      Cell::kHasCell ? load(cell + u) : V{}, h, c, w);
-        if constexpr (Cell::kNorms < 3) put(u, h);
-        if (keep_c) c = mixture(load_units(keep_c, u, units), load(cell + u), c);
+        const V c_prev = Cell::kHasCell ? load(cell + u) : V{};
+        if constexpr (kTwoParts) {
+          Cell::forward_gates(slot, h_before(at, u), c_prev, c, w);
+          if constexpr (Cell::kHasCell && Cell::kNorms == 0) store(at.h_next + u, c);  // for the second part
+        } else {
+          V h;
+          Cell::forward(slot, h_before(at, u), c_prev, h, c, w);
+          put(at, u, h);
+        }
+        if (keep_c) c = mixture(load_units(keep_c, u, units), c_prev, c);
         if (Cell::kHasCell) store(cell + u, c);
         if (all_c) store_units(all_c, u, units, c);
-        if (!training && Cell::kNorms < 3) continue;
-#pragma GCC unroll 16
-        for (int i = kFirstOwnSlot; i < kSlots; ++i) store(gates + unit_offset(v, kSlots, i), slot[i]);
         if (kept_cell) store(kept_cell + u, c);
-      }
-      if constexpr (Cell::kNorms == 3) {
-        const Moments<T> of_c = moments<1>(Slots<T>{gates, kSlots, Cell::kC}, units);
-        for (int64_t v = v0; v < v1; ++v) {
-          V slot[kSlots], w[kVectors + 1];
-          for (int i = kFirstOwnSlot; i < kSlots; ++i) slot[i] = load(gates + unit_offset(v, kSlots, i));
-          load_vectors(s.vectors, v * kLanes, w);
-          put(v * kLanes, Cell::output(slot, of_c.normal(slot[Cell::kC]), w));
-        }
+#pragma GCC unroll 16
+        for (int i = kFirstOwnSlot; i < kSlots; ++i)
+          if (training || in_output(i)) store(at.gates + unit_offset(v, kSlots, i), slot[i]);
       }
     }
+    if constexpr (kTwoParts)
+      for (int64_t j = j0; j < j0 + rows; ++j) {
+        const Row at = row_of(j);
+        Moments<T> of_c{};
+        if constexpr (Cell::kNorms == 3) of_c = moments<1>(Slots<T>{at.gates, kSlots, Cell::kC}, units);
+        for (int64_t v = v0; v < v1; ++v) {
+          const int64_t u = v * kLanes;
+          V slot[kSlots] = {}, c{}, w[kVectors + 1];
+#pragma GCC unroll 16
+          for (int i = 0; i < kSlots; ++i)
+            if (in_output(i)) slot[i] = load(at.gates + unit_offset(v, kSlots, i));
+          load_vectors(s.vectors, u, w);
+          if constexpr (Cell::kNorms == 3)
+            c = of_c.normal(slot[Cell::kC]);
+          else if constexpr (Cell::kHasCell)
+            c = load(at.h_next + u);
+          const V h = Cell::forward_output(slot, h_before(at, u), c, w);
+#pragma GCC unroll 16
+          for (int i = 0; i < kSlots; ++i)
+            if (training && in_output(i)) store(at.gates + unit_offset(v, kSlots, i), slot[i]);
+          put(at, u, h);
+        }
+      }
   }
 
   // The projection's part of a step, panels [panel0, panel1) of its columns.

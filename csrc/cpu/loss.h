@@ -14,7 +14,7 @@ void softmax_loss(const SoftmaxParams<T>& p, int64_t begin, int64_t end) {
   using V = VectorOf<T>;
   constexpr int64_t kLanes = Lanes<T>::kCount, kTerms = 64;  // terms of a sum that are added before they join the total
   const auto e_to = [](V x) {
-    const Exponential<V> e = exponential(x);
+    const Exponential<V> e = exponential<1>(at_least(x, Format<V>::kMin));
     return e.scale + e.scale * e.fraction;
   };
   for (int64_t row = begin; row < end; row += kLanes) {
