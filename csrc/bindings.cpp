@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "decoder.h"
+#include "plain.h"
 #include "sequence.h"
 #ifdef RNNFAST_CUDA
 #include "cuda/binding.h"
@@ -200,6 +201,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("dtype"), py::arg("training"), py::arg("threads"), py::arg("device") = py::none(),
         py::arg("recompute") = false);
   bind_decoder(m);
+  bind_plain_calls(m);
 }
 
 }  // namespace rnnfast

@@ -196,4 +196,7 @@ class Call {
   Tensor on_device_;  // CUDA: lengths; packed: active_, then first_row_
 };
 
+// The operator of cell `index`, through the dispatcher. In ops.cpp.
+Outputs call_cell(int64_t index, RNNFAST_ARGUMENTS);
+
 }  // namespace rnnfast

@@ -205,6 +205,10 @@ Tensor sample_products(const Tensor& left, const Tensor& right, int64_t size) {
 
 }  // namespace
 
+Outputs call_cell(int64_t index, RNNFAST_ARGUMENTS) {
+  return Operators::of(index).cell.call(RNNFAST_PASS);
+}
+
 TORCH_LIBRARY(rnnfast, m) {
   m.def("_sample_products(Tensor left, Tensor right, int size) -> Tensor", {at::Tag::pt2_compliant_tag});
   const DriverTable& table = drivers();

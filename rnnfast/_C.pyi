@@ -55,6 +55,16 @@ def explain(
     backward pass, with ``training``: the same names after ``backward_``.
     """
 
+def run_layer(cell: int, attributes: dict[str, Any], input: Any, hx: Any) -> tuple[Any, ...] | None:
+    """Run the forward of a layer of torch.nn's kinds, from its ``__dict__``, through the op of cell number ``cell``.
+
+    None, and nothing is done, if the call is not plain (a padded batch, tensors and parameters of torch's own classes,
+    no dropout, no mode or transform at work) or would raise: then the caller goes the long way.
+    """
+
+def run_cell(cell: int, attributes: dict[str, Any], input: Any, h: Any, c: Any) -> tuple[Tensor, Tensor] | None:
+    """Take the step of a cell of torch.nn's kinds: h and c, ``[0]`` where there is no second state. Else as above."""
+
 class Decoder:
     """Layers of one cell taken step by step: see :class:`rnnfast.Decoder`.
 

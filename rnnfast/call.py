@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast.options import GRU_OP, KERNELS, LSTM_OP, Layer, Op, cell_of, extra_name, kind_of, zoneouts_of
+from rnnfast import _C
+from rnnfast.options import KERNELS, Kernel, Layer, cell_of, extra_name, kind_of, zoneouts_of
 
 any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+is_compiling = torch.compiler.is_compiling
 
 
 # --- The way of a call through RNN, GRU and LSTM ----------------------------------------------------------------------
@@ -30,6 +32,17 @@ def forward_layer(
 ) -> tuple[Any, ...]:
     """All of ``forward`` for the three layers: layers times directions, one op call each."""
     mode = layer.mode
+    kernel = KERNELS[layer._variant or mode]
+    if (
+        type(input) is Tensor
+        and resets is lengths is None
+        and not (return_cells or is_special(layer, kernel) or any_autocast() or is_compiling())
+    ):
+        # Without the words for what might be wrong, which cost a short call as much time as its kernel: None is left to
+        # what follows here.
+        results: tuple[Any, ...] | None = _C.run_layer(kernel.number, layer.__dict__, input, hx)
+        if results is not None:
+            return results
     sorted_indices = unsorted_indices = batch_sizes = None
     packed = isinstance(input, PackedSequence)
     if packed:
@@ -131,6 +144,13 @@ def forward_layer(
     return output, (h_n if c_n is None else (h_n, c_n))
 
 
+def is_special(layer: Layer, kernel: Kernel) -> bool:
+    """Whether the op gets arguments that plain calls do not have."""
+    return bool(
+        layer.zoneout or layer.recurrent_dropout or layer.recompute or kernel.num_peepholes or kernel.num_norm_vectors
+    )
+
+
 def run_layers(
     layer: Layer,
     steps: Tensor,
@@ -146,8 +166,9 @@ def run_layers(
     batch_sizes, lengths and resets; gives output with last dimension ``D*P``, h_n like h0, c_n like c0 or, for a cell
     with one state, None, and with ``return_cells`` the last layer's c of all steps, last dimension ``D*H``, else None.
     """
-    op, all_c_op, num_gates, num_peepholes, num_norm_vectors = KERNELS[layer._variant or layer.mode]
-    is_special = num_peepholes or num_norm_vectors or layer.zoneout or layer.recurrent_dropout or layer.recompute
+    kernel = KERNELS[layer._variant or layer.mode]
+    _, op, all_c_op, num_gates, _, _ = kernel
+    has_extras = is_special(layer, kernel)
     extras: tuple[Any, ...] = ()
     gate_size = num_gates * layer.hidden_size
     directions = 2 if layer.bidirectional else 1
@@ -167,7 +188,7 @@ def run_layers(
                 five = weights[d]
                 if five[1].shape[0] != gate_size:  # the op cannot know hidden_size: it would take the weights' word
                     _refuse_weights(layer)
-                if is_special:
+                if has_extras:
                     extras = _extras(layer, d, steps, bounds[0], five[1])
                 if wants_cells:
                     assert all_c_op is not None
@@ -497,9 +518,14 @@ def _refuse_weight(kind: str, name: str, weight: Any, expected: tuple[int, ...])
 
 
 def forward_cell(
-    cell: torch.nn.RNNCellBase, kind: str, op: Op, input: Any, h: Any, c: Any, names: tuple[str, str]
+    cell: torch.nn.RNNCellBase, mode: str, input: Any, h: Any, c: Any, names: tuple[str, str]
 ) -> tuple[Tensor, Tensor]:
     """One step: h' ``[N, H]`` and c' (``[0]`` for a cell with one state), or without ``N`` for 1-D input."""
+    kernel, kind = KERNELS[mode], f"{kind_of(mode)}Cell"
+    if type(input) is Tensor and not (any_autocast() or is_compiling()):
+        states: tuple[Tensor, Tensor] | None = _C.run_cell(kernel.number, cell.__dict__, input, h, c)  # as run_layer
+        if states is not None:
+            return states
     if not isinstance(input, Tensor):
         raise TypeError(f"{kind}: input must be a Tensor, got {type(input).__name__}")
     ndim = input.dim()
@@ -513,7 +539,7 @@ def forward_cell(
     hidden_size = cell.hidden_size
     if h is not None:
         h = _cell_state(kind, names[0], 0, h, ndim, batch, hidden_size)
-        if op is LSTM_OP:
+        if mode == "LSTM":
             c = _cell_state(kind, names[1], 1, c, ndim, batch, hidden_size)
 
     parameters = cell._parameters
@@ -535,7 +561,6 @@ def forward_cell(
     if input.device != weight_ih.device:
         _refuse_device("input", input, weight_ih)
     if any_autocast() and under_autocast(input):
-        mode = "LSTM" if op is LSTM_OP else "GRU" if op is GRU_OP else "RNN"
         compute_dtype, _ = autocast_dtypes(mode, 0, True, input, h, c)
         if compute_dtype is not None:
             input, h, c, weight_ih, weight_hh, bias_ih, bias_hh = (
@@ -547,10 +572,10 @@ def forward_cell(
 
     try:
         if weight_hh.shape[1] != hidden_size:
-            _refuse_cell_weights(cell, kind, op)
-        _, h, c = op(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, None)
+            _refuse_cell_weights(cell, kind, kernel)
+        _, h, c = kernel.op(input, h, c, weight_ih, weight_hh, bias_ih, bias_hh, None)
     except (RuntimeError, ValueError, TypeError, IndexError):
-        _refuse_cell_weights(cell, kind, op)
+        _refuse_cell_weights(cell, kind, kernel)
         raise
     if ndim == 1:
         return h.squeeze(0), c.squeeze(0)
@@ -597,9 +622,9 @@ def _refuse_cell_dtype(
     raise RuntimeError(f"{kind}: input and {name} must have the same dtype, but got {input.dtype} and {given}")
 
 
-def _refuse_cell_weights(cell: torch.nn.RNNCellBase, kind: str, op: Op) -> None:
+def _refuse_cell_weights(cell: torch.nn.RNNCellBase, kind: str, kernel: Kernel) -> None:
     """Raise for the first parameter that does not fit the cell's own sizes; else return."""
-    gate_size = (4 if op is LSTM_OP else 3 if op is GRU_OP else 1) * cell.hidden_size
+    gate_size = kernel.num_gates * cell.hidden_size
     _refuse_weight(kind, "weight_ih", cell.weight_ih, (gate_size, cell.input_size))
     _refuse_weight(kind, "weight_hh", cell.weight_hh, (gate_size, cell.hidden_size))
     if cell.bias:

@@ -22,9 +22,6 @@ from torch.nn.utils.rnn import PackedSequence
 from rnnfast.call import forward_cell, forward_layer, refuse_pair
 from rnnfast.options import (
     ALL_OPTIONS,
-    GRU_OP,
-    KERNELS,
-    LSTM_OP,
     become,
     gru_cell,
     lstm_cell,
@@ -39,7 +36,7 @@ __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
 _States = tuple[Tensor, Tensor]
 _Lengths = Tensor | Sequence[int]
-_RNN_OP_OF_NONLINEARITY = {"tanh": KERNELS["RNN_TANH"].op, "relu": KERNELS["RNN_RELU"].op}
+_MODE_OF_NONLINEARITY = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
 # torch.nn's own classes, also while patch_torch() has put ours in their place.
 _TorchRNN, _TorchGRU, _TorchLSTM = torch.nn.RNN, torch.nn.GRU, torch.nn.LSTM
 _TorchRNNCell, _TorchGRUCell, _TorchLSTMCell = torch.nn.RNNCell, torch.nn.GRUCell, torch.nn.LSTMCell
@@ -461,10 +458,10 @@ class RNNCell(torch.nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; see the class."""
-        op = _RNN_OP_OF_NONLINEARITY.get(self.nonlinearity)
-        if op is None:
+        mode = _MODE_OF_NONLINEARITY.get(self.nonlinearity)
+        if mode is None:
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return forward_cell(self, "RNNCell", op, input, hx, None, ("hidden", ""))[0]
+        return forward_cell(self, mode, input, hx, None, ("hidden", ""))[0]
 
     def to_torch(self) -> torch.nn.RNNCell:
         """Give the torch.nn.RNNCell that shares parameters and hooks; methods of a subclass stay behind."""
@@ -501,7 +498,7 @@ class GRUCell(torch.nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; see the class."""
-        return forward_cell(self, "GRUCell", GRU_OP, input, hx, None, ("hidden", ""))[0]
+        return forward_cell(self, "GRU", input, hx, None, ("hidden", ""))[0]
 
     def to_torch(self) -> torch.nn.GRUCell:
         """Give the torch.nn.GRUCell that shares parameters and hooks; methods of a subclass stay behind."""
@@ -542,10 +539,10 @@ class LSTMCell(torch.nn.LSTMCell):
     def forward(self, input: Tensor, hx: _States | None = None) -> _States:
         """Take one step; see the class."""
         if hx is None:
-            return forward_cell(self, "LSTMCell", LSTM_OP, input, None, None, ("hx[0]", "hx[1]"))
+            return forward_cell(self, "LSTM", input, None, None, ("hx[0]", "hx[1]"))
         if not isinstance(hx, (tuple, list)) or len(hx) != 2:
             refuse_pair("LSTMCell", hx)
-        return forward_cell(self, "LSTMCell", LSTM_OP, input, hx[0], hx[1], ("hx[0]", "hx[1]"))
+        return forward_cell(self, "LSTM", input, hx[0], hx[1], ("hx[0]", "hx[1]"))
 
     def to_torch(self) -> torch.nn.LSTMCell:
         """Give the torch.nn.LSTMCell that shares parameters and hooks; methods of a subclass stay behind."""

@@ -35,8 +35,9 @@ ALL_OPTIONS = (*_OPTIONS, "recompute")  # with that which changes no result
 
 
 class Kernel(NamedTuple):
-    """What runs a cell: its op, that which also returns c of all steps (of a cell that has it), its weights."""
+    """What runs a cell: its number in ``_C.cells()``, its op, that which also returns c of all steps, its weights."""
 
+    number: int
     op: Op
     all_c_op: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None
     num_gates: int
@@ -44,12 +45,12 @@ class Kernel(NamedTuple):
     num_norm_vectors: int
 
     @classmethod
-    def of(cls, cell: dict[str, Any]) -> Kernel:
-        """That of an entry of ``_C.cells()``."""
+    def of(cls, number: int, cell: dict[str, Any]) -> Kernel:
+        """That of entry ``number`` of ``_C.cells()``."""
         ops, name = torch.ops.rnnfast, cell["name"]
         all_c_op = getattr(ops, f"{name}_all_c").default if cell["num_states"] == 2 else None
         sizes = (cell["num_gates"], cell["num_peepholes"], cell["num_norm_vectors"])
-        return cls(getattr(ops, name).default, all_c_op, *sizes)
+        return cls(number, getattr(ops, name).default, all_c_op, *sizes)
 
     def extra_shapes(self, hidden_size: int) -> dict[str, int]:
         """The size of each parameter that torch.nn's layers have not, by its name before ``_l``."""
@@ -64,9 +65,8 @@ class Kernel(NamedTuple):
 
 
 # By the name of the cell, and for torch.nn's own by the mode too.
-KERNELS = {cell["name"]: Kernel.of(cell) for cell in _C.cells()}
+KERNELS = {cell["name"]: Kernel.of(number, cell) for number, cell in enumerate(_C.cells())}
 KERNELS |= {mode: KERNELS[cell] for mode, cell in CELL_OF_MODE.items()}
-LSTM_OP, GRU_OP = KERNELS["LSTM"].op, KERNELS["GRU"].op
 
 
 def kind_of(mode: str) -> str:

@@ -302,9 +302,9 @@ def test_autocast_on_cuda(low, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["batched", "packed_unsorted"])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_double_backward(layer, kind, monkeypatch):
+@torch.backends.cudnn.flags(enabled=False)  # it has none
+def test_double_backward(layer, kind):
     """A gradient penalty through layers and directions, against torch.nn."""
-    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)  # it has none
     theirs, ours = pair(layer, dtype=torch.float64, num_layers=2, bidirectional=True)
     x = make_input(kind, theirs, torch.float64)
     results = []
