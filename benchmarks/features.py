@@ -12,7 +12,8 @@ gradients differ gets no time and makes the exit status 1:
   (option) plain     our own layer without the option, for each of OPTIONS: what another cell costs
 
 Units: milliseconds per call (medians); `ratio` is the other way's time over ours (above 1: ours is faster; the median
-over pairs of turns, its quartiles beside it). Training is forward and backward from a dense gradient of the output.
+over pairs of turns, its quartiles beside it). Inference is in evaluation mode, where zoneout is a mean and dropout is
+nothing; training is forward and backward from a dense gradient of the output, with masks drawn from torch's generator.
 `goal` is the ratio that we want at least (GOALS; empty where we have set none); what falls short of it is named last.
 """
 
@@ -63,9 +64,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 }
 # The least ratio of a row: resets cost at most a tenth, another cell at most 1.3 times its plain sibling.
 GOALS = {("resets", "plain"): 1 / 1.1, ("resets", "loop"): 5.0, ("lengths", "packing"): 1.5}
-GOALS |= {
-    (name, "plain"): 1 / 1.3 for options in OPTIONS.values() for name in options if name not in ("zoneout", "dropout")
-}
+GOALS |= {(name, "plain"): 1 / 1.3 for options in OPTIONS.values() for name in options}
 RESET_RATE = 0.02  # an episode of some 50 steps
 # Largest difference allowed, as a share of the largest value; a wrong boundary differs by a share near 1.
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-9, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -83,8 +82,13 @@ class Contest(NamedTuple):
     against: str
     ours: Way
     theirs: Way
-    parameters: tuple[list[Any], list[Any]]
+    modules: tuple[Any, Any]
     same: bool
+
+    @property
+    def parameters(self) -> tuple[list[Any], list[Any]]:
+        """Of both."""
+        return list(self.modules[0].parameters()), list(self.modules[1].parameters())
 
 
 def loop_over_steps(layer: Any, x: torch.Tensor, keep: torch.Tensor | None, cells: bool) -> torch.Tensor:
@@ -108,8 +112,7 @@ def contests(cell: Cell, shape: tuple[int, ...], device: torch.device, dtype: to
     theirs = getattr(torch.nn, cell.class_name)(I, H, **options)
     ours = getattr(rnnfast, cell.class_name)(I, H, **options)
     ours.load_state_dict(theirs.state_dict())
-    weights = list(ours.parameters()), list(theirs.parameters())
-    own = weights[0], weights[0]
+    both, own = (ours, theirs), (ours, ours)
     resets = torch.rand(T, N, device=device) < RESET_RATE
     keep = (~resets).to(dtype)[:, None, :, None]
     lengths = torch.randint(1, T + 1, (N,))
@@ -128,8 +131,8 @@ def contests(cell: Cell, shape: tuple[int, ...], device: torch.device, dtype: to
         return ours(x)[0]
 
     yield Contest("resets", "plain", with_resets, plain, own, same=False)
-    yield Contest("resets", "loop", with_resets, lambda x: loop_over_steps(theirs, x, keep, False), weights, same=True)
-    yield Contest("lengths", "packing", with_lengths, packing, weights, same=True)
+    yield Contest("resets", "loop", with_resets, lambda x: loop_over_steps(theirs, x, keep, False), both, same=True)
+    yield Contest("lengths", "packing", with_lengths, packing, both, same=True)
     yield Contest("lengths", "plain", with_lengths, plain, own, same=False)
     if isinstance(ours, rnnfast.LSTM):
         yield Contest("cells", "plain", lambda x: ours(x, return_cells=True)[0], plain, own, same=True)
@@ -138,13 +141,12 @@ def contests(cell: Cell, shape: tuple[int, ...], device: torch.device, dtype: to
             "loop",
             lambda x: ours(x, return_cells=True)[2],
             lambda x: loop_over_steps(theirs, x, None, True),
-            weights,
+            both,
             same=True,
         )
     for name, option in OPTIONS[cell.class_name].items():
-        other = getattr(rnnfast, cell.class_name)(I, H, **options, **option).train()
-        both = list(other.parameters()), weights[0]
-        yield Contest(name, "plain", lambda x, other=other: other(x)[0], plain, both, same=False)
+        other = getattr(rnnfast, cell.class_name)(I, H, **options, **option)
+        yield Contest(name, "plain", lambda x, other=other: other(x)[0], plain, (other, ours), same=False)
 
 
 def difference(contest: Contest, x: torch.Tensor, grad_output: torch.Tensor) -> float:
@@ -190,6 +192,8 @@ def measure(
         row |= dict(zip("TNIH", shape, strict=True))
         if (contest.feature, contest.against) in GOALS:
             row["goal"] = round(GOALS[contest.feature, contest.against], 2)
+        for module in contest.modules:
+            module.train(mode == "training")
         if status == "ok":
             calls = [
                 make_call(way, mode, x, grad_output, parameters)

@@ -20,24 +20,31 @@ struct Slots {
   }
 };
 
-// x with zeros past its first `lanes`.
-template <typename V>
-inline V first_lanes(V x, int64_t lanes) {
-  constexpr int64_t kAll = sizeof(V) / sizeof(x[0]);
-  for (int64_t lane = lanes; lane < kAll; ++lane) x[lane] = 0;
-  return x;
+// f(v, whole) for the vectors of H units; `whole` is the function that a vector's values go through: zeros past the last
+// unit in the last vector, where there are any, and nothing in the others.
+template <typename T, typename F>
+inline void each_vector_of_units(int64_t H, F f) {
+  constexpr int64_t kLanes = Lanes<T>::kCount;
+  const int64_t full = H / kLanes, rest = H % kLanes;
+  for (int64_t v = 0; v < full; ++v) f(v, [](VectorOf<T> x) { return x; });
+  if (rest == 0) return;
+  f(full, [rest](VectorOf<T> x) {
+    for (int64_t lane = rest; lane < kLanes; ++lane) x[lane] = 0;
+    return x;
+  });
 }
 
 // The mean of value(v, q) over H units of kCount slots.
 template <typename T, int kCount, typename F>
 inline T mean(int64_t H, F value) {
-  constexpr int64_t kLanes = Lanes<T>::kCount;
   VectorOf<T> sum[kCount] = {};
-  for (int64_t v = 0; v * kLanes < H; ++v)
-    for (int q = 0; q < kCount; ++q) sum[q] += first_lanes(value(v, q), H - v * kLanes);
+  each_vector_of_units<T>(H, [&](int64_t v, auto whole) {
+#pragma GCC unroll 4
+    for (int q = 0; q < kCount; ++q) sum[q] += whole(value(v, q));
+  });
   T total = 0;
   for (int q = 0; q < kCount; ++q)
-    for (int64_t lane = 0; lane < kLanes; ++lane) total += sum[q][lane];
+    for (int64_t lane = 0; lane < Lanes<T>::kCount; ++lane) total += sum[q][lane];
   return total / static_cast<T>(kCount * H);
 }
 
@@ -61,13 +68,13 @@ inline Moments<T> moments(Slots<T> x, int64_t H) {
 // The gradient of x from that of its normals, in place: rstd * (d - mean(d) - normal * mean(normal * d)).
 template <int kCount, typename T>
 inline void backward_moments(Slots<T> x, Moments<T> m, Slots<T> d, int64_t H) {
-  constexpr int64_t kLanes = Lanes<T>::kCount;
   const T center = mean<T, kCount>(H, [&](int64_t v, int q) { return load(d.at(v, q)); });
   const T slope = mean<T, kCount>(H, [&](int64_t v, int q) { return m.normal(load(x.at(v, q))) * load(d.at(v, q)); });
-  for (int64_t v = 0; v * kLanes < H; ++v)
+  each_vector_of_units<T>(H, [&](int64_t v, auto whole) {
+#pragma GCC unroll 4
     for (int q = 0; q < kCount; ++q)
-      store(d.at(v, q),
-            first_lanes(m.rstd * (load(d.at(v, q)) - center - m.normal(load(x.at(v, q))) * slope), H - v * kLanes));
+      store(d.at(v, q), whole(m.rstd * (load(d.at(v, q)) - center - m.normal(load(x.at(v, q))) * slope)));
+  });
 }
 
 }  // namespace RNNFAST_ISA
