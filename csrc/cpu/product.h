@@ -165,9 +165,10 @@ struct RowOperands {
   int64_t offset, stride;
 };
 
-// Of a panel of kPanel vectors, the NR that begin at b.
+// Of a panel of kPanel vectors, the NR that begin at b. The structs are given by reference: copied to the stack, by
+// vectors, what was written there number by number a moment before is waited for until all earlier stores are done.
 template <typename E, int M, int NR, int kPanel>
-void tile(Inner inner, const WordOf<E>* b, const RowOperands<E>& io, Prefetch ahead) {
+void tile(const Inner& inner, const WordOf<E>* b, const RowOperands<E>& io, const Prefetch& ahead) {
   using W = WordOf<E>;
   using V = VectorOf<SumOf<E>>;
   constexpr int kLanes = Lanes<W>::kCount;
@@ -178,6 +179,8 @@ void tile(Inner inner, const WordOf<E>* b, const RowOperands<E>& io, Prefetch ah
   const W* a[M];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) a[m] = as_words(io.a[m]);
+  const char* next = ahead.next;
+  const int64_t step = ahead.step, apart = ahead.apart, lines = ahead.lines, length = inner.length;
   if (kPrefetch && io.c_in)
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
@@ -197,17 +200,17 @@ void tile(Inner inner, const WordOf<E>* b, const RowOperands<E>& io, Prefetch ah
   };
   for (int64_t run = 0; run < inner.count; ++run) {
     int64_t k = 0;
-    for (; k + 2 <= inner.length; k += 2) {
+    for (; k + 2 <= length; k += 2) {
       add(0, k, b);
       add(kSets - 1, k + 1, b + kPanel * kLanes);
       b += 2 * kPanel * kLanes;
       if (kPrefetch) {
-        if (ahead.lines > 0) __builtin_prefetch(ahead.next, 0, 2);
-        for (int64_t i = 1; i < ahead.lines; ++i) __builtin_prefetch(ahead.next + i * ahead.apart, 0, 2);
-        ahead.next += ahead.step;
+        if (lines > 0) __builtin_prefetch(next, 0, 2);
+        for (int64_t i = 1; i < lines; ++i) __builtin_prefetch(next + i * apart, 0, 2);
+        next += step;
       }
     }
-    if (k < inner.length) {
+    if (k < length) {
       add(0, k, b);
       b += kPanel * kLanes;
     }
@@ -226,7 +229,7 @@ void tile(Inner inner, const WordOf<E>* b, const RowOperands<E>& io, Prefetch ah
 }
 
 template <typename E, int NR, int kPanel = NR>
-void tile_of_rows(int m, Inner inner, const WordOf<E>* b, const RowOperands<E>& io, Prefetch ahead) {
+void tile_of_rows(int m, const Inner& inner, const WordOf<E>* b, const RowOperands<E>& io, const Prefetch& ahead) {
   constexpr int kMost = tile_rows(NR);
   switch (m) {
     case 1:
@@ -250,8 +253,8 @@ void tile_of_rows(int m, Inner inner, const WordOf<E>* b, const RowOperands<E>& 
 
 // C = C_in + A B for `rows` rows and one panel of nr vectors, as panel_product below but for one stretch of K.
 template <typename E, typename After>
-inline void panel_stretch(int64_t rows, int nr, Inner inner, const WordOf<E>* b, const RowOperands<E>& io, After after,
-                          const WordOf<E>* next) {
+inline void panel_stretch(int64_t rows, int nr, const Inner& inner, const WordOf<E>* b, const RowOperands<E>& io,
+                          After after, const WordOf<E>* next) {
   // Few rows would read the panel again and again: then its halves are taken one after the other.
   constexpr bool kHalves = tile_rows(4) < 4;
   const int64_t most = nr == 4   ? tile_rows(kHalves ? 2 : 4)
