@@ -4,7 +4,8 @@
   per-sample   torch.nn  the same against a loop over torch.nn's layer
   ensemble     loop      8 members, N 1, H 64: vmap over their stacked weights against a call of each member
   stacked      loop      the same members by rnnfast.ops with stacked weights, without vmap, against a call of each
-  compiled     eager     linear, LSTM, linear, T 32, N 16, H 128: torch.compile against the same model in eager mode
+  vmap         loop      8 linear layers of torch.nn's, one row of 64 numbers: what vmap itself costs
+  compiled     eager     linear, LSTM, linear, small and large: torch.compile against the same model in eager mode
 
 Units: milliseconds per call (medians); `ratio` is the other way's time over ours (above 1: ours is faster; the median
 over pairs of turns, its quartiles beside it). A row whose two ways differ gets no time and makes the exit status 1.
@@ -120,35 +121,56 @@ def ensembles(cell: str, device: torch.device, dtype: torch.dtype, steps: int = 
     yield Question("stacked", "loop", cell, "training", shape, train_stacked, train_each)
 
 
+def vmap_itself(device: torch.device, dtype: torch.dtype) -> Iterator[Question]:
+    """vmap over stacked linear layers of torch.nn against a call of each: nothing of ours."""
+    members = [torch.nn.Linear(64, 64, device=device, dtype=dtype) for _ in range(8)]
+    parameters, buffers = stack_module_state(members)
+    x = torch.randn(1, 64, device=device, dtype=dtype)
+    mapped = vmap(lambda parameters: functional_call(members[0], (parameters, buffers), (x,)))
+
+    @torch.no_grad()
+    def ours() -> torch.Tensor:
+        return mapped(parameters)
+
+    @torch.no_grad()
+    def loop() -> torch.Tensor:
+        return torch.stack([member(x) for member in members])
+
+    yield Question("vmap", "loop", "Linear", "inference", (1, 1, 64, 64), ours, loop)
+
+
 class _Model(torch.nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.before, self.layer, self.after = torch.nn.Linear(64, 128), rnnfast.LSTM(128, 128), torch.nn.Linear(128, 64)
+        self.before = torch.nn.Linear(64, hidden_size)
+        self.layer = rnnfast.LSTM(hidden_size, hidden_size)
+        self.after = torch.nn.Linear(hidden_size, 64)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.after(self.layer(self.before(x))[0])
 
 
-def compiled(device: torch.device, dtype: torch.dtype) -> Iterator[Question]:
+def compiled(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Question]:
     """The compiled model against the same in eager mode. One graph, or torch.compile raises."""
     torch._dynamo.config.allow_rnn = True  # README says why
-    model = _Model().to(device=device, dtype=dtype)
-    fast = torch.compile(model, fullgraph=True)
-    x = torch.randn(32, 16, 64, device=device, dtype=dtype)
-    parameters = list(model.parameters())
+    for T, N, H in ((32, 16, 128), (64, 64, 256))[: 1 if quick else 2]:
+        model = _Model(H).to(device=device, dtype=dtype)
+        fast = torch.compile(model, fullgraph=True)
+        x = torch.randn(T, N, 64, device=device, dtype=dtype)
+        parameters = list(model.parameters())
 
-    def infer(model: Callable[[torch.Tensor], torch.Tensor]) -> Way:
-        @torch.no_grad()
-        def call() -> torch.Tensor:
-            return model(x)
+        def infer(model: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor = x) -> Way:
+            return torch.no_grad()(lambda: model(x))
 
-        return call
+        def train(
+            model: Callable[[torch.Tensor], torch.Tensor],
+            x: torch.Tensor = x,
+            parameters: list[torch.nn.Parameter] = parameters,
+        ) -> Way:
+            return lambda: torch.autograd.grad(model(x).square().mean(), parameters)
 
-    def train(model: Callable[[torch.Tensor], torch.Tensor]) -> Way:
-        return lambda: torch.autograd.grad(model(x).square().mean(), parameters)
-
-    for mode, way in (("inference", infer), ("training", train)):
-        yield Question("compiled", "eager", "LSTM", mode, (32, 16, 128, 128), way(fast), way(model))
+        for mode, way in (("inference", infer), ("training", train)):
+            yield Question("compiled", "eager", "LSTM", mode, (T, N, H, H), way(fast), way(model))
 
 
 def questions(device: torch.device, dtype: torch.dtype, quick: bool, with_compile: bool) -> Iterator[Question]:
@@ -157,8 +179,9 @@ def questions(device: torch.device, dtype: torch.dtype, quick: bool, with_compil
         for stock in (False, True):
             yield per_sample_gradients(cell, device, dtype, stock, **({"samples": 4} if quick else {}))
         yield from ensembles(cell, device, dtype, **({"steps": 4} if quick else {}))
+    yield from vmap_itself(device, dtype)
     if with_compile:
-        yield from compiled(device, dtype)
+        yield from compiled(device, dtype, quick)
 
 
 def measure(question: Question, device: torch.device, dtype: torch.dtype, seconds: float) -> dict[str, Any]:

@@ -562,7 +562,7 @@ def test_transforms_from_end_to_end(tmp_path):
     with open(tmp_path / "transforms-quick-cpu-float32-1t.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     one = [("per-sample", "loop"), ("per-sample", "torch.nn"), *[("ensemble", "loop")] * 2, *[("stacked", "loop")] * 2]
-    every = [(cell, *pair) for cell in ("RNN", "GRU", "LSTM") for pair in one]
+    every = [(cell, *pair) for cell in ("RNN", "GRU", "LSTM") for pair in one] + [("Linear", "vmap", "loop")]
     assert [(row["cell"], row["question"], row["against"]) for row in rows] == every
     assert all(row["status"] == "ok" and float(row["rnnfast_ms"]) > 0 for row in rows)
     assert json.loads((tmp_path / "transforms-quick-cpu-float32-1t.json").read_text())["threads"] == 1
@@ -585,7 +585,7 @@ def test_transforms_gives_no_time_for_a_wrong_result(monkeypatch, tmp_path, caps
 def test_compiled_questions_agree():
     """The compiled model is one graph and gives what eager mode gives."""
     with torch._dynamo.config.patch(allow_rnn=True):
-        for question in transforms.compiled(CPU, torch.float32):
+        for question in transforms.compiled(CPU, torch.float32, quick=True):
             torch.testing.assert_close(question.ours(), question.other(), rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
 

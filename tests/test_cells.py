@@ -128,6 +128,32 @@ def test_inference_equals_training(cell, kernel, data):
         assert not have.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_activations(isa, dtype):
+    """tanh and sigmoid by themselves, in units of the last place, from the smallest numbers to infinity."""
+    small = torch.logspace(-30, 0, 300, dtype=torch.float64)
+    special = torch.tensor([0.0, 100.0, 1000.0, torch.inf])
+    magnitudes = torch.cat([small, torch.linspace(0.001, 40, 1000, dtype=torch.float64), special])
+    x = torch.cat([magnitudes, -magnitudes, torch.tensor([torch.nan])]).to(dtype)
+    nothing, input, one = (torch.zeros(1, size, dtype=dtype) for size in (len(x), 1, len(x)))
+    one += 1
+
+    def units(have, want):
+        have, want = have.double(), want.double()
+        assert torch.equal(have.isnan(), want.isnan())
+        unit = torch.finfo(dtype).eps * want.abs() + torch.finfo(dtype).tiny  # less than the smallest normal may be 0
+        return ((have - want) / unit)[~want.isnan()].abs().max().item()
+
+    weights = [torch.zeros(len(x), size, dtype=dtype) for size in (1, len(x))]
+    (tanh, _, _) = torch.ops.rnnfast.rnn_tanh(input, None, None, *weights, x, nothing[0], None)
+    assert units(tanh[0], x.double().tanh()) <= 3
+    # an update gate alone, between a candidate of 0 and an old state of 1
+    weights = [torch.cat([weight, weight]) for weight in weights]
+    bias = torch.cat([x, nothing[0]])
+    (sigmoid, _, _) = torch.ops.rnnfast.gru_update(input, one, None, *weights, bias, torch.zeros_like(bias), None)
+    assert units(sigmoid[0], x.double().sigmoid()) <= 4
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.0**14, 2.0**66])
 def test_saturation(cell, kernel, scale):
     """Gates far beyond where exp overflows: finite, exact and with zero slope."""

@@ -379,7 +379,8 @@ inline VectorOf<T> sum_lanes(VectorOf<T> (&r)[Lanes<T>::kCount]) {
 }
 
 // The product with weights read in place, for one vector of C: lane i of it is c_in + w[i] . a[m] for `lanes` rows of
-// w, `ld` apart; the other lanes get c_in. c_in is not null. K is counted in numbers.
+// w, `ld` apart; the other lanes get c_in. Without lanes w may be past the end of its array. c_in is not null. K is
+// counted in numbers.
 template <typename E>
 void dot_product(int64_t rows, int64_t K, const E* w, int64_t ld, int64_t lanes, const RowOperands<E>& io) {
   using T = SumOf<E>;
@@ -399,7 +400,7 @@ void dot_product(int64_t rows, int64_t K, const E* w, int64_t ld, int64_t lanes,
     if (k < K || lanes < kLanes) {
       T sum[kLanes];
       store(sum, sums);
-      for (int64_t i = 0; i < kLanes; ++i)
+      for (int64_t i = 0; i < lanes; ++i)
         for (int64_t tail = k; tail < K; ++tail) sum[i] += widen(a[tail]) * widen(r[i][tail]);
       for (int64_t i = lanes; i < kLanes; ++i) sum[i] = 0;
       sums = load(sum);
