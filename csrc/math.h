@@ -42,7 +42,7 @@ struct Format<VectorOf<float>> {
   // Adding it rounds to an integer n; the low mantissa bits then are n + 127, the exponent field of 2^n.
   static constexpr float kRound = 0x1.8p23f + 127;
 #ifdef __FMA__
-  static constexpr float kLn2High = 0x1.62e43p-1f, kLn2Low = 0;  // off by 2^-29, and n * high is not rounded
+  static constexpr float kLn2High = 0x1.62e43p-1f, kLn2Low = 0;  // off by 2^-29; a fused n * high is not rounded
 #else
   static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;  // ln 2 = high + low; n * high is exact
 #endif

@@ -20,8 +20,8 @@ struct Slots {
   }
 };
 
-// f(v, whole) for the vectors of H units; `whole` is the function that a vector's values go through: zeros past the last
-// unit in the last vector, where there are any, and nothing in the others.
+// f(v, whole) for the vectors of H units; `whole` is the function that a vector's values go through: zeros past the
+// last unit in the last vector, where there are any, and nothing in the others.
 template <typename T, typename F>
 inline void each_vector_of_units(int64_t H, F f) {
   constexpr int64_t kLanes = Lanes<T>::kCount;
