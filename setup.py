@@ -67,10 +67,9 @@ class build_drivers(build_clib):
 def native_code(cpp_extension):
     """The arguments of setup() that describe the compiled part."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    is_sanitized = os.environ.get("RNNFAST_SANITIZE") == "1"
-    # The last: gcc fuses a multiply and an add, on which math.h counts, only with it.
-    sanitizers = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1", "-fexpensive-optimizations"]
-    debug = sanitizers if is_sanitized else ["-g0"]
+    debug = ["-g0"]
+    if os.environ.get("RNNFAST_SANITIZE") == "1":  # the last flag: to fuse a multiply and an add, as math.h expects
+        debug = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1", "-fexpensive-optimizations"]
     # The drivers know nothing of torch and are written once; only the flags differ. None of these flags lets the
     # compiler change a result beyond fusing a multiply and an add. -O3 would compile longer and run no faster.
     flags = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fno-math-errno"]

@@ -167,10 +167,10 @@ def run_layers(
     with one state, None, and with ``return_cells`` the last layer's c of all steps, last dimension ``D*H``, else None.
     """
     kernel = KERNELS[layer._variant or layer.mode]
-    _, op, all_c_op, num_gates, _, _ = kernel
+    op, all_c_op = kernel.op, kernel.all_c_op
     has_extras = is_special(layer, kernel)
     extras: tuple[Any, ...] = ()
-    gate_size = num_gates * layer.hidden_size
+    gate_size = kernel.num_gates * layer.hidden_size
     directions = 2 if layer.bidirectional else 1
     dropout = layer.dropout if layer.training else 0.0
     no_states = (None,) * len(weights)
