@@ -10,6 +10,7 @@
 
 #include "decoder.h"
 #include "plain.h"
+#include "prepack.h"
 #include "sequence.h"
 #ifdef RNNFAST_CUDA
 #include "cuda/binding.h"
@@ -119,7 +120,8 @@ void explain_cuda(py::dict d, const CellInfo& cell, const Sizes& size, at::Scala
 
 // What make_plan decides for such a call, as data; for a CUDA device, by its number, what make_device_plan does.
 py::dict explain(const std::string& name, int64_t T, int64_t N, int64_t I, int64_t H, int64_t P,
-                 const std::string& dtype, bool training, int threads, std::optional<int> device, bool recompute) {
+                 const std::string& dtype, bool training, int threads, std::optional<int> device, bool recompute,
+                 bool prepacked) {
   const CellInfo& cell = cell_named(name);
   const auto check = [](const char* argument, int64_t value, int64_t least) {
     if (value < least)
@@ -152,10 +154,11 @@ py::dict explain(const std::string& name, int64_t T, int64_t N, int64_t I, int64
   }
   const DriverTable& table = drivers();
   const bool narrows = dtype == "bfloat16" && !recompute && table.bf16[&cell - table.cells].forward;
-  const Plan plan = make_plan(size, cell, narrows ? 2 : is_double ? 8 : 4, threads, false);
+  const Plan plan = make_plan(size, cell, narrows ? 2 : is_double ? 8 : 4, threads, false, prepacked);
   d["isa"] = table.isa;
   d["product_dtype"] = narrows ? d["dtype"] : d["accumulate_dtype"];
   d["packed_weights"] = plan.packed;
+  d["prepacked"] = prepacked;
   d["chunk_steps"] = plan.chunk_steps;
   switch (plan.schedule) {
     case Schedule::kOneThread:
@@ -199,9 +202,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("table"));
   m.def("explain", &explain, py::arg("cell"), py::arg("T"), py::arg("N"), py::arg("I"), py::arg("H"), py::arg("P"),
         py::arg("dtype"), py::arg("training"), py::arg("threads"), py::arg("device") = py::none(),
-        py::arg("recompute") = false);
+        py::arg("recompute") = false, py::arg("prepacked") = false);
   bind_decoder(m);
   bind_plain_calls(m);
+  bind_prepack(m);
 }
 
 }  // namespace rnnfast

@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty_native.h>
 
 #include <algorithm>
 #include <iterator>
@@ -20,9 +21,10 @@
 namespace rnnfast {
 
 Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  Tensor t = at::empty(sizes, options);
+  if (!options.device().is_cpu()) return at::empty(sizes, options);
+  // Without the dispatcher: its time counts in a call of a few microseconds.
+  Tensor t = at::native::empty_cpu(sizes, options.dtype().toScalarType());
 #ifdef __linux__
-  if (!t.is_cpu()) return t;
   constexpr uintptr_t kLargePage = uintptr_t{1} << 21;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + t.nbytes();
   const uintptr_t first = (begin + kLargePage - 1) & ~(kLargePage - 1), last = end & ~(kLargePage - 1);
@@ -141,8 +143,8 @@ Call::Call(int index, RNNFAST_ARGUMENTS)
   TORCH_CHECK(has_kernels, what("input"), "expected a tensor on the CPU: this cell has no kernels for ", device_);
   input_ = is_tokens_ ? input.contiguous() : rows(input);
   h0_ = dense(h0), c0_ = dense(c0);
-  weight_ih_ = dense(weight_ih), weight_hh_ = dense(weight_hh);
-  bias_ih_ = dense(bias_ih), bias_hh_ = dense(bias_hh), weight_hr_ = dense(weight_hr);
+  weight_ih_ = weight_ih, weight_hh_ = weight_hh, weight_hr_ = weight_hr.value_or(Tensor());
+  bias_ih_ = bias_ih.value_or(Tensor()), bias_hh_ = bias_hh.value_or(Tensor());
   weight_ch_ = dense(weight_ch), weight_ln_ = dense(weight_ln), recurrent_mask_ = dense(recurrent_mask);
   if (has(zoneout_h)) zoneout_h_ = rows(*zoneout_h);
   if (has(zoneout_c)) zoneout_c_ = rows(*zoneout_c);
@@ -153,14 +155,15 @@ SavingOutputsAllC Call::forward(bool save, bool with_all_c) {
   std::vector<int64_t> shape = outer_;
   shape.push_back(size_.P);
   const auto options = input_.options().dtype(storage_), saved_options = options.dtype(compute_);
-  const auto none = [](const at::TensorOptions& o) { return at::empty({0}, o); };  // outputs may not alias
+  const auto none = [](const at::TensorOptions& o) { return empty({0}, o); };  // outputs may not alias
   const auto steps_of = [&] { return lengths_.defined() ? at::zeros(shape, options) : empty(shape, options); };
   Tensor output = steps_of();
   Tensor all_c;
   if (with_all_c) shape.back() = size_.H, all_c = steps_of();
-  Tensor h_n = at::empty({size_.N, size_.P}, options);
-  Tensor c_n = cell_.has_cell ? at::empty({size_.N, size_.H}, options) : none(options);
-  Tensor gates = none(saved_options), cells = none(saved_options), hidden = none(saved_options);
+  Tensor h_n = empty({size_.N, size_.P}, options);
+  Tensor c_n = cell_.has_cell ? empty({size_.N, size_.H}, options) : none(options);
+  Tensor gates, cells, hidden;
+  if (save) gates = none(saved_options), cells = none(saved_options), hidden = none(saved_options);
   if (save && recompute_) {
     const int64_t rows = (num_parts() - 1) * size_.N;
     if (cell_.has_cell) cells = empty({rows, size_.H}, saved_options);
@@ -178,7 +181,17 @@ SavingOutputsAllC Call::forward(bool save, bool with_all_c) {
   const auto run = [&](auto types, const auto& driver) {
     using T = typename decltype(types)::T;
     using E = typename decltype(types)::E;
-    auto p = params<T, E>(false);
+    const Tensor weight_hh = weight_hh_;
+    const bool keeps = driver.packed_weights && is_prepacked(weight_hh);
+    const Plan how = plan<E>(false, keeps);
+    std::optional<PackedFrom> from;
+    if (keeps) from = packed_from(how);
+    Tensor packed = keeps ? find_prepacked(weight_hh, *from) : Tensor();
+    const bool has_packed = packed.defined();
+    take_weights(!has_packed);
+    auto p = params<T, E>(how);
+    if (keeps && !has_packed) packed = empty({driver.packed_weights(p)}, saved_options);
+    if (keeps) p.packed_weights = mutable_data<T>(packed), p.has_packed = has_packed;
     p.training = save && !recompute_;
     p.output = {mutable_data<E>(output), size_.N * size_.P, size_.P};
     p.h_n = mutable_data<E>(h_n);
@@ -190,6 +203,7 @@ SavingOutputsAllC Call::forward(bool save, bool with_all_c) {
         if (save && recompute_) return forward_in_parts(all, driver, cells, hidden);
       driver.forward(all);
     });
+    if (keeps && !has_packed) keep_prepacked(weight_hh, std::move(*from), std::move(packed));
   };
   dispatch(run);
   if (with_all_c) all_c = as(all_c, dtype_);
@@ -207,6 +221,7 @@ const Tensor& Call::step(const Tensor& input, bool packs) {
     if (cell_.has_cell) c0_ = own(c0_, size_.H);
     output_ = at::empty({1, size_.N, size_.P}, options);
     fill_rows();
+    take_weights(true);
   }
   if (is_tokens_) check_tokens(input, false);
   TORCH_CHECK_VALUE(input.scalar_type() == (is_tokens_ ? at::kLong : dtype_) && input.dim() == (is_tokens_ ? 2 : 3) &&
@@ -217,9 +232,8 @@ const Tensor& Call::step(const Tensor& input, bool packs) {
   dispatch([&](auto types, const auto& driver) {
     using T = typename decltype(types)::T;
     using E = typename decltype(types)::E;
-    auto p = params<T, E>(false);
-    if (is_first) step_plan_ = p.plan, step_plan_.packed = packs, step_plan_.packs_columns = is_tokens_;
-    p.plan = step_plan_;  // what the scratch holds was made for it
+    if (is_first) step_plan_ = plan<E>(false, packs), step_plan_.packed = packs, step_plan_.packs_columns = is_tokens_;
+    auto p = params<T, E>(step_plan_);  // what the scratch holds was made for it
     p.turned = step_is_turned_ = !step_is_turned_;
     p.is_first_part = is_first;
     p.output = {mutable_data<E>(output_), size_.N * size_.P, size_.P};
@@ -316,13 +330,14 @@ Gradients Call::backward(const MaybeTensor& grad_output, const MaybeTensor& grad
     }
   }
   fill_rows();
+  take_weights(true);
   const Tensor doutput = has(grad_output) ? rows(*grad_output) : Tensor();
   const Tensor dall_c = has(grad_all_c) ? rows(*grad_all_c) : Tensor();
   const Tensor dh_n = dense(grad_h_n), dc_n = cell_.has_cell ? dense(grad_c_n) : Tensor();
   const auto run = [&](auto types, const auto& driver) {
     using T = typename decltype(types)::T;
     using E = typename decltype(types)::E;
-    auto p = params<T, E>(true);
+    auto p = params<T, E>(plan<E>(true, false));
     if (!recompute_) set_saved(p, gates, cells, hidden);
     p.doutput = view<E>(doutput);
     p.dall_c = view<E>(dall_c);
@@ -409,13 +424,39 @@ Tensor Call::rows(const Tensor& t) const {
   return stored.size(-1) > 1 && stored.stride(-1) != 1 ? stored.contiguous() : stored;
 }
 
-template <typename T, typename E>
-SequenceParams<T, E> Call::params(bool backward) const {
-  SequenceParams<T, E> p{};
-  p.size = size_;
+void Call::take_weights(bool with_matrices) {
+  const auto take = [&](Tensor& t) { t = t.defined() ? dense(t) : t; };
+  take(bias_ih_), take(bias_hh_);
+  if (!with_matrices) {
+    weight_ih_ = weight_hh_ = Tensor();  // of weight_hr_ drivers ask whether there is one
+    return;
+  }
+  take(weight_ih_), take(weight_hh_), take(weight_hr_);
+}
+
+template <typename E>
+Plan Call::plan(bool backward, bool keeps_weights) const {
   Sizes work = size_;
   if (is_tokens_) work.I = 1;  // a look-up, whatever the vocabulary
-  p.plan = make_plan(work, cell_, sizeof(E), at::in_parallel_region() ? 1 : at::get_num_threads(), backward);
+  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  return make_plan(work, cell_, sizeof(E), threads, backward, keeps_weights);
+}
+
+PackedFrom Call::packed_from(const Plan& plan) const {
+  const auto now = [](const Tensor& t) { return WeightVersion(t); };
+  const int unit_threads = plan.schedule == Schedule::kUnits ? plan.threads : 1;
+  return {&table_,
+          index_,
+          unit_threads,
+          storage_,
+          {now(weight_ih_), now(weight_hh_), now(weight_hr_), now(bias_ih_), now(bias_hh_)}};
+}
+
+template <typename T, typename E>
+SequenceParams<T, E> Call::params(const Plan& plan) const {
+  SequenceParams<T, E> p{};
+  p.size = size_;
+  p.plan = plan;
   p.reverse = reverse_;
   p.is_first_part = p.is_last_part = true;
   static thread_local bool turned = false;  // a loop over a layer calls it step by step; it changes no number
@@ -450,7 +491,7 @@ SequenceParams<T, E> Call::params(bool backward) const {
 
 template <typename T, typename E>
 void Call::set_saved(SequenceParams<T, E>& p, const Tensor& gates, const Tensor& cells, const Tensor& hidden) {
-  const auto saved = [](const Tensor& t) { return t.numel() ? static_cast<T*>(t.data_ptr()) : nullptr; };
+  const auto saved = [](const Tensor& t) { return t.defined() && t.numel() ? static_cast<T*>(t.data_ptr()) : nullptr; };
   p.gates = saved(gates), p.cells = saved(cells), p.hidden = saved(hidden);
 }
 
@@ -521,7 +562,7 @@ void Call::backward_in_parts(const SequenceParams<T>& p, const Driver<T>& driver
                              const Tensor& hidden) const {
   const auto options = input_.options().dtype(compute_);
   const int64_t count = num_parts();
-  SequenceParams<T> backward = p, forward = params<T, T>(false);
+  SequenceParams<T> backward = p, forward = params<T, T>(plan<T>(false, false));
   forward.training = true;
   const auto pad = [](int64_t units) { return (units + kBlock<T> - 1) / kBlock<T> * kBlock<T>; };
   const int64_t rows = std::min(part_steps(), size_.T) * size_.N;

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "prepack.h"
 #include "sequence.h"
 
 namespace rnnfast {
@@ -79,7 +80,7 @@ class Call {
  public:
   Call(int index, RNNFAST_ARGUMENTS);
 
-  // The last result, all_c, is there only where it is asked for.
+  // What is not to be saved, or is not asked for (the last result, all_c), is undefined.
   SavingOutputsAllC forward(bool save, bool with_all_c);
 
   // The call once more, for a single step, from where it left the state: input [1, N, I] or tokens [1, N], of the sizes
@@ -146,8 +147,15 @@ class Call {
   Tensor dense(const MaybeTensor& t) const { return has(t) ? dense(*t) : Tensor(); }
   // Any strides outside, unit stride in the last dimension.
   Tensor rows(const Tensor& t) const;
+  // Weights are left as they were given until it is known which of them will be read: all, or those that are not
+  // matrices.
+  void take_weights(bool with_matrices);
+  // How the call is to run; for number type E of the driver.
+  template <typename E>
+  Plan plan(bool backward, bool keeps_weights) const;
+  PackedFrom packed_from(const Plan& plan) const;
   template <typename T, typename E>
-  SequenceParams<T, E> params(bool backward) const;
+  SequenceParams<T, E> params(const Plan& plan) const;
 
   template <typename T, typename E>
   static void set_saved(SequenceParams<T, E>& p, const Tensor& gates, const Tensor& cells, const Tensor& hidden);

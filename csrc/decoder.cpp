@@ -54,9 +54,9 @@ class Decoder {
   Tensor step(const Tensor& input) {
     check(input);
     const std::lock_guard<std::mutex> turn(mutex_);
-    const at::NoGradGuard no_grad;
+    const at::AutoDispatchBelowADInplaceOrView no_record;  // of gradients or views
     const Tensor output = stack_->step(has_batch_ ? input.unsqueeze(0) : input.view({1, 1, I_}));
-    Tensor result = has_batch_ ? at::empty({N_, P_}, output.options()) : at::empty({P_}, output.options());
+    Tensor result = has_batch_ ? empty({N_, P_}, output.options()) : empty({P_}, output.options());
     std::memcpy(result.data_ptr(), output.const_data_ptr(), result.nbytes());
     return result;
   }

@@ -117,7 +117,10 @@ LayerResult run_directions(int64_t cell, Tensor steps, const MaybeTensor& h0, co
     steps = directions == 1 ? outputs[0] : at::cat(outputs, -1);
   }
   const auto all = [](const std::vector<Tensor>& states) {
-    return states.size() == 1 ? states[0].unsqueeze(0) : at::stack(states);
+    if (states.size() > 1) return at::stack(states);
+    if (states[0].requires_grad()) return states[0].unsqueeze(0);
+    at::AutoDispatchBelowADInplaceOrView below;  // a view of what nobody else has needs no record of it
+    return states[0].unsqueeze(0);
   };
   return {steps, all(h_n), has_cell ? all(c_n) : Tensor()};
 }

@@ -104,7 +104,8 @@ struct SequenceParams {
   bool is_first_part, is_last_part;
   bool has_step_after;  // step T, which is not this part's, follows in time
   bool turned;          // weights are read in the other order; of calls that follow each other every second one
-  bool is_packed;       // input and output are [R, ...], see Rows
+  bool has_packed;  // rearranged weights are in `packed_weights`: of the weights only w_ch, w_ln, b_ih, b_hh are read
+  bool is_packed;   // input and output are [R, ...], see Rows
   ParallelFor parallel_for;
   Device device;  // of a GPU driver
 
@@ -144,6 +145,9 @@ struct SequenceParams {
   Rows<T> h_prev;                // [T, N, P] h before the step
   Rows<T> dprojected, h_raw;     // [T, N, P], [T, N, H] of a projected cell: after and before the projection
 
+  // Forward on the CPU: Driver::packed_weights elements for the rearranged weights, that the caller keeps from call to
+  // call; or null, and they are in the scratch.
+  T* packed_weights;
   T* scratch;  // Driver::forward_scratch or backward_scratch elements, owned by the caller for the call
 };
 
@@ -155,6 +159,7 @@ struct Driver {
   int64_t (*backward_scratch)(const Params&);
   void (*forward)(const Params&);
   void (*backward)(const Params&);
+  int64_t (*packed_weights)(const Params&);  // null: takes none from call to call
 };
 
 // Rows that the softmax takes at a time; ld is a multiple of it.
@@ -230,7 +235,7 @@ const char* const* supported_isas();  // best first, ends with null
 bool set_isa(const char* name);       // false: unknown, or not of this machine
 // One more for set_isa, compiled elsewhere from this header: tests add the GPU drivers over an emulated device.
 void add_drivers(const DriverTable*);
-// `number_bytes` of what the products multiply.
-Plan make_plan(const Sizes&, const CellInfo&, int64_t number_bytes, int threads, bool backward);
+// `number_bytes` of what the products multiply; `keeps_weights`: from call to call, rearranged.
+Plan make_plan(const Sizes&, const CellInfo&, int64_t number_bytes, int threads, bool backward, bool keeps_weights);
 
 }  // namespace rnnfast

@@ -46,10 +46,13 @@ def explain(
     threads: int,
     device: int | None = None,
     recompute: bool = False,
+    prepacked: bool = False,
 ) -> dict[str, Any]:
     """What the kernel policy decides for one layer and direction: ``kernel``, ``isa``, ``reason``, ``threads`` ...
 
-    On the CPU ``product_dtype`` is that of the numbers multiplied: bfloat16 where the processor has products of it.
+    On the CPU ``product_dtype`` is that of the numbers multiplied: bfloat16 where the processor has products of it;
+    ``packed_weights``, whether weights are rearranged, and ``prepacked``, as given, whether they are from an earlier
+    call.
 
     ``device`` is the number of a CUDA device, or None for the CPU. For a device there is also what was decided for the
     backward pass, with ``training``: the same names after ``backward_``.
@@ -64,6 +67,23 @@ def run_layer(cell: int, attributes: dict[str, Any], input: Any, hx: Any) -> tup
 
 def run_cell(cell: int, attributes: dict[str, Any], input: Any, h: Any, c: Any) -> tuple[Tensor, Tensor] | None:
     """Take the step of a cell of torch.nn's kinds: h and c, ``[0]`` where there is no second state. Else as above."""
+
+class Prepacked:
+    """Keeps the rearranged weights of the layers with these weight_hh, see :func:`rnnfast.prepack`."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None: ...
+    def hold(self, weights: Sequence[Tensor]) -> None:
+        """Let go of what is kept, and keep those of these from now on."""
+
+    def remove(self) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+
+def is_prepacked(weight_hh: Tensor) -> bool:
+    """Whether the rearranged weights of the layer with this weight_hh are kept."""
+
+def forget_prepacked(weights: Sequence[Tensor]) -> None:
+    """Let go of the rearranged weights that were made from any of these."""
 
 class Decoder:
     """Layers of one cell taken step by step: see :class:`rnnfast.Decoder`.

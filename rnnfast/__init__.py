@@ -6,7 +6,8 @@
 
 ``RNN``, ``GRU``, ``LSTM``, ``RNNCell``, ``GRUCell`` and ``LSTMCell`` take the place of torch.nn's classes of those
 names. ``ops`` holds the functions behind them, ``reference`` the same in plain PyTorch, ``explain`` says which kernel a
-call takes and why, ``onnx`` exports. ``Decoder`` takes a layer one step at a time, in real time. ``convert(model)``
+call takes and why, ``onnx`` exports. ``Decoder`` takes a layer one step at a time, in real time; ``prepack(model)``
+keeps rearranged weights between the calls of any model. ``convert(model)``
 gives the layers of a model our classes in place, ``revert`` takes it back, and ``patch_torch`` puts our classes into
 torch.nn for programs that one cannot edit. ``RNNLM`` is a language model around a layer, ``RNNAutoRegression`` a
 forecaster of time series. ``python -m rnnfast`` describes the installation and checks it.
@@ -59,6 +60,7 @@ from rnnfast.forecast import RNNAutoRegression
 from rnnfast.lm import RNNLM
 from rnnfast.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from rnnfast.plan import Explanation, explain
+from rnnfast.prepack import PrepackHandle, prepack
 
 __all__ = [
     "GRU",
@@ -70,6 +72,7 @@ __all__ = [
     "Explanation",
     "GRUCell",
     "LSTMCell",
+    "PrepackHandle",
     "RNNAutoRegression",
     "RNNCell",
     "__version__",
@@ -79,6 +82,7 @@ __all__ = [
     "onnx",
     "ops",
     "patch_torch",
+    "prepack",
     "reference",
     "revert",
     "set_isa",

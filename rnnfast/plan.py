@@ -13,6 +13,7 @@ from rnnfast import _C
 from rnnfast.call import any_autocast, autocast_dtypes, packed_batch, under_autocast
 from rnnfast.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from rnnfast.options import CELL_OF_MODE, cell_of
+from rnnfast.prepack import recurrent_weights
 
 __all__ = ["Explanation", "LayerPlan", "explain"]
 
@@ -133,6 +134,7 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = No
     device = data.device.index if data.is_cuda else None
     state_size = proj_size or layer.hidden_size
     cell = CELL_OF_MODE[mode] if is_cell else cell_of(layer)
+    weights = recurrent_weights(layer)
     plans = []
     for i in range(num_layers):
         sizes: dict[str, int] = {
@@ -143,6 +145,7 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = No
             "P": state_size,
         }
         for direction in ("forward", "reverse")[:directions]:
+            weight_hh = next(weights)
             details = _C.explain(
                 cell,
                 **sizes,
@@ -151,6 +154,7 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = No
                 threads=torch.get_num_threads(),
                 device=device,
                 recompute=getattr(layer, "recompute", False),
+                prepacked=weight_hh is not None and weight_hh.dtype == dtype and _C.is_prepacked(weight_hh),
             )
             kernel, isa, reason = str(details["kernel"]), str(details["isa"]), str(details["reason"])
             plans.append(LayerPlan(i, direction, cell, sizes, kernel, isa, reason, dict(details)))

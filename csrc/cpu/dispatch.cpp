@@ -96,7 +96,8 @@ void add_drivers(const DriverTable* table) {
   added = table;
 }
 
-Plan make_plan(const Sizes& size, const CellInfo& cell, int64_t number_bytes, int threads, bool backward) {
+Plan make_plan(const Sizes& size, const CellInfo& cell, int64_t number_bytes, int threads, bool backward,
+               bool keeps_weights) {
   // Nanoseconds of one core below which waking other threads costs more than it saves, and what a call is guessed to
   // take: multiply-adds at the rate of full or of nearly empty register tiles, and moving every weight once.
   constexpr double kParallelTime = 60e3;
@@ -114,11 +115,12 @@ Plan make_plan(const Sizes& size, const CellInfo& cell, int64_t number_bytes, in
   const int64_t rows = backward ? kBackwardRows : kForwardRows;
   Plan plan{};
   plan.chunk_steps = std::clamp<int64_t>(rows / std::max<int64_t>(size.N, 1), 1, std::max<int64_t>(size.T, 1));
-  plan.packed = size.R > kInPlaceRows || plan.chunk_steps < size.T;  // few rows in place are one chunk
+  plan.packed = keeps_weights || size.R > kInPlaceRows || plan.chunk_steps < size.T;  // few rows in place: one chunk
   plan.schedule = Schedule::kOneThread;
   plan.threads = std::clamp(threads, 1, 256);
   const double products = static_cast<double>(size.R) * weights / (size.N < 4 ? kSingleRate : kFullRate);
-  const double time = (products + weights * (plan.packed ? kPackTime : kReadTime)) * (backward ? 2 : 1);
+  const bool packs = plan.packed && !keeps_weights;
+  const double time = (products + weights * (packs ? kPackTime : kReadTime)) * (backward ? 2 : 1);
   if (time < kParallelTime) plan.threads = 1;
   if (plan.threads > 1) {
     // Splitting the batch needs no meeting of threads, but every thread reads all weights. Where those come from beyond

@@ -20,6 +20,7 @@ Driver<T, E> make_driver() {
       [](const Params& p) { return typename Backward::Scratch(Backward(p), nullptr).size; },
       [](const Params& p) { Forward(p).run(); },
       [](const Params& p) { Backward(p).run(); },
+      [](const Params& p) { return typename Forward::Weights(Forward(p), nullptr).size; },
   };
 }
 

@@ -66,10 +66,25 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
   using typename Base::V;
   using typename Base::W;
 
-  struct Scratch {
-    W *w_ih, *w_hh, *w_hr;        // panels; w_hh of the early gates
-    W* w_late;                    // panels of the late gates of W_hh
-    T* bias;                      // [gate_row]
+  // Rearranged weights, which may outlive the call.
+  struct Weights {
+    W *w_ih, *w_hh, *w_hr;  // panels; w_hh of the early gates
+    W* w_late;              // panels of the late gates of W_hh
+    T* bias;                // [gate_row]
+    int64_t size;
+    Weights(const SequenceForward& d, T* base) {
+      Arena<T> arena{base};
+      const bool packed = d.p.plan.packed;
+      w_ih = arena.template take<W>(d.packs_input() ? d.gate_panels * d.gate_panel_size(d.I) : 0);
+      w_hh = arena.template take<W>(packed ? d.gate_panels * d.gate_panel_size(d.P, kEarlyGates) : 0);
+      w_late = arena.template take<W>(packed && kLateGates ? d.gate_panels * d.gate_panel_size(d.P, kLateGates) : 0);
+      w_hr = arena.template take<W>(d.projected ? d.column_panels(d.P) * column_panel_size(d.H) : 0);
+      bias = arena.take(d.gate_row);
+      size = arena.used;
+    }
+  };
+
+  struct Scratch : Weights {
     T* h[2];                      // [N, ld_p]; step s reads h[s % 2] and writes the other
     T* c;                         // [N, ld_h]
     T* h_raw;                     // [N, ld_h] h before the projection
@@ -81,14 +96,9 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
     E* input;                     // [chunk_steps * N, words(I) words] where I is not whole words, or nothing
     T* gates;                     // [chunk_steps * N, gate_row] when they are not kept
     int64_t size;
-    Scratch(const SequenceForward& d, T* base) {
+    Scratch(const SequenceForward& d, T* base) : Weights(d, d.p.packed_weights ? d.p.packed_weights : base) {
       Arena<T> arena{base};
-      const bool packed = d.p.plan.packed;
-      w_ih = arena.template take<W>(d.packs_input() ? d.gate_panels * d.gate_panel_size(d.I) : 0);
-      w_hh = arena.template take<W>(packed ? d.gate_panels * d.gate_panel_size(d.P, kEarlyGates) : 0);
-      w_late = arena.template take<W>(packed && kLateGates ? d.gate_panels * d.gate_panel_size(d.P, kLateGates) : 0);
-      w_hr = arena.template take<W>(d.projected ? d.column_panels(d.P) * column_panel_size(d.H) : 0);
-      bias = arena.take(d.gate_row);
+      arena.take(d.p.packed_weights ? 0 : Weights::size);
       for (T*& one : h) one = arena.take(d.N * d.ld_p);
       c = arena.take(Cell::kHasCell ? d.N * d.ld_h : 0);
       h_raw = arena.take(d.projected ? d.N * d.ld_h : 0);
@@ -440,7 +450,7 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
     store_last_state(s, j0, j1);
   }
 
-  void pack_weights(const Scratch& s) const {
+  void pack_weights(const Weights& s) const {
     if (packs_input()) pack_gates(p.w_ih, I, Cell::kInputGates, s.w_ih);
     if (p.plan.packed) {
       pack_gates(p.w_hh, P, Cell::kRecurrentGates, s.w_hh, kEarlyGates);
@@ -448,12 +458,12 @@ struct SequenceForward : SequenceLayout<Cell, T, E> {
     }
     if (projected) pack_projection(p.w_hr, s.w_hr);
     pack_bias(s.bias);
-    pack_vectors(s.vectors);
   }
 
   void run() const {
     const Scratch s(*this, p.scratch);
-    if (p.is_first_part) pack_weights(s);
+    if (p.is_first_part && !p.has_packed) pack_weights(s);
+    if (p.is_first_part) pack_vectors(s.vectors);
     if (p.plan.schedule == Schedule::kUnits)
       all_steps(s, 0, N, [this](int64_t n, auto body) { this->parallel(n, body); });
     else

@@ -116,6 +116,7 @@ Driver<T, E> make_device_driver() {
         [](const Params& p) { return D(p, true).backward_scratch(); },
         [](const Params& p) { D(p, false).forward(); },
         [](const Params& p) { D(p, true).backward(); },
+        nullptr,
     };
   }
 }

@@ -43,6 +43,7 @@ Driver<T, E> emulated_driver() {
       [](const Params& p) { return driver.backward_scratch(on_device(p)); },
       [](const Params& p) { driver.forward(on_device(p)); },
       [](const Params& p) { driver.backward(on_device(p)); },
+      nullptr,
   };
 }
 
