@@ -1,6 +1,9 @@
 #include "plain.h"
 
+#include <strings.h>
+
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -22,6 +25,18 @@ void require(bool condition) {
   if (!condition) throw NotPlain();
 }
 
+// What the function gives, or None.
+template <auto function, typename... Arguments>
+py::object if_plain(Arguments... arguments) {
+  try {
+    return function(arguments...);
+  } catch (const NotPlain&) {
+    PyErr_Clear();
+  } catch (const c10::Error&) {  // the long way says it better
+  }
+  return py::none();
+}
+
 // A tensor of torch's own classes: another class may have a say in what a function of it is.
 Tensor tensor_of(PyObject* object) {
   require(object && THPVariable_CheckTypeExact(Py_TYPE(object)));
@@ -39,6 +54,8 @@ struct Names {
            *input_size = interned("input_size"), *hidden_size = interned("hidden_size"),
            *proj_size = interned("proj_size"), *bias = interned("bias"), *batch_first = interned("batch_first"),
            *bidirectional = interned("bidirectional"), *dropout = interned("dropout"), *training = interned("training"),
+           *mode = interned("mode"), *variant = interned("_variant"), *zoneout = interned("zoneout"),
+           *recurrent_dropout = interned("recurrent_dropout"), *recompute = interned("recompute"),
            *weight_ih = interned("weight_ih"), *weight_hh = interned("weight_hh"), *bias_ih = interned("bias_ih"),
            *bias_hh = interned("bias_hh");
 };
@@ -50,7 +67,7 @@ const Names& names() {
 // The attributes of a module that are set on the object. One that is of another type than usual, or set elsewhere, is
 // not plain.
 struct Attributes {
-  const py::dict& dict;
+  const py::dict dict;
 
   PyObject* get(PyObject* name) const {
     PyObject* value = PyDict_GetItemWithError(dict.ptr(), name);
@@ -67,6 +84,13 @@ struct Attributes {
     require(PyLong_CheckExact(value));
     return PyLong_AsLongLong(value);
   }
+  // Of the options that are set on the object only where they are not those of its class.
+  py::object option(const py::handle& module, PyObject* name) const {
+    if (PyObject* own = PyDict_GetItemWithError(dict.ptr(), name)) return py::reinterpret_borrow<py::object>(own);
+    PyObject* of_class = PyObject_GetAttr(reinterpret_cast<PyObject*>(Py_TYPE(module.ptr())), name);
+    require(of_class);
+    return py::reinterpret_steal<py::object>(of_class);
+  }
   Tensor parameter(PyObject* name) const {
     PyObject* parameters = get(names().parameters);
     require(PyDict_CheckExact(parameters));
@@ -80,9 +104,11 @@ Tensor like(const Tensor& x, Tensor t) {
   return t;
 }
 
-// Whether anything but the tensors decides what the call of a function is: a mode, or a transform of torch.func.
-bool is_watched() {
-  return at::impl::torch_function_mode_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+// Whether anything but the tensors decides what the call of a function is: a mode, autocast, or a transform of
+// torch.func.
+bool is_watched(const Tensor& x) {
+  return at::autocast::is_autocast_enabled(x.device().type()) || at::impl::torch_function_mode_enabled() ||
+         c10::impl::TorchDispatchModeTLS::any_modes_set() ||
          c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
@@ -125,13 +151,32 @@ LayerResult run_directions(int64_t cell, Tensor steps, const MaybeTensor& h0, co
   return {steps, all(h_n), has_cell ? all(c_n) : Tensor()};
 }
 
-// A layer's forward from its attributes; None where the call is not plain or would fail, and nothing is done then.
-py::object run_layer(int64_t cell, const py::dict& attributes, const py::handle& input, const py::handle& hx) try {
-  const CellInfo& info = drivers().cells[cell];
+// The number of a layer's cell; of its kinds those that torch.nn's arguments are enough for.
+int64_t plain_cell(const Attributes& attributes, const py::handle& layer) {
   const Names& name = names();
-  const Attributes layer{attributes};
-  require(!is_watched());
+  for (PyObject* option : {name.zoneout, name.recurrent_dropout, name.recompute})
+    require(PyObject_IsTrue(attributes.option(layer, option).ptr()) == 0);
+  const py::object variant = attributes.option(layer, name.variant);
+  PyObject* which = variant.is_none() ? attributes.get(name.mode) : variant.ptr();
+  require(PyUnicode_Check(which));
+  const char* text = PyUnicode_AsUTF8(which);
+  require(text);
+  const DriverTable& table = drivers();
+  int64_t cell = 0;
+  while (cell < table.num_cells && strcasecmp(text, table.cells[cell].name) != 0) ++cell;  // a mode is in capitals
+  require(cell < table.num_cells && table.cells[cell].peepholes == 0 && table.cells[cell].norm_vectors == 0);
+  return cell;
+}
+
+// A layer's forward from its attributes; None where the call is not plain or would fail, and nothing is done then.
+py::object run_layer(const py::handle& module, const py::handle& input, const py::handle& hx) {
+  const Names& name = names();
   const Tensor x = tensor_of(input.ptr());
+  require(!is_watched(x));
+  const Attributes layer{py::reinterpret_steal<py::dict>(PyObject_GenericGetDict(module.ptr(), nullptr))};
+  require(layer.dict && PyDict_CheckExact(layer.dict.ptr()));
+  const int64_t cell = plain_cell(layer, module);
+  const CellInfo& info = drivers().cells[cell];
   const bool batch_first = layer.is_true(name.batch_first), has_bias = layer.is_true(name.bias);
   const int64_t hidden_size = layer.integer(name.hidden_size), proj_size = layer.integer(name.proj_size);
   const size_t directions = layer.is_true(name.bidirectional) ? 2 : 1;
@@ -177,19 +222,15 @@ py::object run_layer(int64_t cell, const py::dict& attributes, const py::handle&
   }
   if (!info.has_cell) return py::make_tuple(result.output, result.h_n);
   return py::make_tuple(result.output, py::make_tuple(result.h_n, result.c_n));
-} catch (const NotPlain&) {
-  return py::none();
-} catch (const c10::Error&) {
-  return py::none();  // the long way says it better
 }
 
 // A cell's forward, the same way: its new states.
 py::object run_cell(int64_t cell, const py::dict& attributes, const py::handle& input, const py::handle& h,
-                    const py::handle& c) try {
+                    const py::handle& c) {
   const Names& name = names();
   const Attributes module{attributes};
-  require(!is_watched());
   const Tensor x = tensor_of(input.ptr());
+  require(!is_watched(x));
   require(x.dim() == 2 && x.size(1) == module.integer(name.input_size));
   const auto parameter = [&](PyObject* of) { return like(x, module.parameter(of)); };
   Weights weights{parameter(name.weight_ih), parameter(name.weight_hh)};
@@ -208,17 +249,15 @@ py::object run_cell(int64_t cell, const py::dict& attributes, const py::handle& 
     result = call(cell, x, h0, c0, weights, false);
   }
   return py::make_tuple(std::get<1>(result), std::get<2>(result));
-} catch (const NotPlain&) {
-  return py::none();
-} catch (const c10::Error&) {
-  return py::none();
 }
 
 }  // namespace
 
 void bind_plain_calls(py::module& m) {
-  m.def("run_layer", &run_layer, py::arg("cell"), py::arg("attributes"), py::arg("input"), py::arg("hx"));
-  m.def("run_cell", &run_cell, py::arg("cell"), py::arg("attributes"), py::arg("input"), py::arg("h"), py::arg("c"));
+  m.def("run_layer", &if_plain<run_layer, py::handle, py::handle, py::handle>, py::arg("layer"), py::arg("input"),
+        py::arg("hx"));
+  m.def("run_cell", &if_plain<run_cell, int64_t, py::dict, py::handle, py::handle, py::handle>, py::arg("cell"),
+        py::arg("attributes"), py::arg("input"), py::arg("h"), py::arg("c"));
 }
 
 }  // namespace rnnfast

@@ -58,15 +58,16 @@ def explain(
     backward pass, with ``training``: the same names after ``backward_``.
     """
 
-def run_layer(cell: int, attributes: dict[str, Any], input: Any, hx: Any) -> tuple[Any, ...] | None:
-    """Run the forward of a layer of torch.nn's kinds, from its ``__dict__``, through the op of cell number ``cell``.
+def run_layer(layer: Any, input: Any, hx: Any) -> tuple[Any, ...] | None:
+    """Run the forward of one of our layers through the op of its cell.
 
     None, and nothing is done, if the call is not plain (a padded batch, tensors and parameters of torch's own classes,
-    no dropout, no mode or transform at work) or would raise: then the caller goes the long way.
+    no option that other cells than torch.nn's have arguments for, no dropout, autocast, mode or transform at work) or
+    would raise: then the caller goes the long way.
     """
 
 def run_cell(cell: int, attributes: dict[str, Any], input: Any, h: Any, c: Any) -> tuple[Tensor, Tensor] | None:
-    """Take the step of a cell of torch.nn's kinds: h and c, ``[0]`` where there is no second state. Else as above."""
+    """Take the step of a cell, by its ``__dict__`` and the number of its op: h and c, ``[0]`` where there is none."""
 
 class Prepacked:
     """Keeps the rearranged weights of the layers with these weight_hh, see :func:`rnnfast.prepack`."""

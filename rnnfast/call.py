@@ -21,7 +21,7 @@ from rnnfast import _C
 from rnnfast.options import KERNELS, Kernel, Layer, cell_of, extra_name, kind_of, zoneouts_of
 
 any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
-is_compiling = torch.compiler.is_compiling
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
 # --- The way of a call through RNN, GRU and LSTM ----------------------------------------------------------------------
@@ -31,18 +31,13 @@ def forward_layer(
     layer: Layer, input: Any, hx: Any, resets: Any, lengths: Any, return_cells: bool = False
 ) -> tuple[Any, ...]:
     """All of ``forward`` for the three layers: layers times directions, one op call each."""
-    mode = layer.mode
-    kernel = KERNELS[layer._variant or mode]
-    if (
-        type(input) is Tensor
-        and resets is lengths is None
-        and not (return_cells or is_special(layer, kernel) or any_autocast() or is_compiling())
-    ):
+    if resets is lengths is None and not (return_cells or is_dynamo_compiling()):
         # Without the words for what might be wrong, which cost a short call as much time as its kernel: None is left to
         # what follows here.
-        results: tuple[Any, ...] | None = _C.run_layer(kernel.number, layer.__dict__, input, hx)
+        results: tuple[Any, ...] | None = _C.run_layer(layer, input, hx)
         if results is not None:
             return results
+    mode = layer.mode
     sorted_indices = unsorted_indices = batch_sizes = None
     packed = isinstance(input, PackedSequence)
     if packed:
@@ -522,7 +517,7 @@ def forward_cell(
 ) -> tuple[Tensor, Tensor]:
     """One step: h' ``[N, H]`` and c' (``[0]`` for a cell with one state), or without ``N`` for 1-D input."""
     kernel, kind = KERNELS[mode], f"{kind_of(mode)}Cell"
-    if type(input) is Tensor and not (any_autocast() or is_compiling()):
+    if not is_dynamo_compiling():
         states: tuple[Tensor, Tensor] | None = _C.run_cell(kernel.number, cell.__dict__, input, h, c)  # as run_layer
         if states is not None:
             return states

@@ -36,7 +36,7 @@ def make_state(layer):
 
 
 def run_layer(layer, x, hx=None):
-    return _C.run_layer(KERNELS[layer._variant or layer.mode].number, layer.__dict__, x, hx)
+    return _C.run_layer(layer, x, hx)
 
 
 def run_cell(cell, mode, x, h=None, c=None):
@@ -166,6 +166,31 @@ def test_modules_that_are_not_plain():
     assert run_layer(lstm, x, (h, h)) is not None
 
 
+class Zoned(rnnfast.GRU):
+    """A class may set what instances else set."""
+
+    zoneout = 0.5
+
+
+@pytest.mark.parametrize("layer_class", [rnnfast.GRU, Zoned])
+def test_options_that_are_not_plain(layer_class):
+    x = torch.randn(T, N, I)
+    layer = layer_class(I, H)
+    assert (run_layer(layer, x) is None) == (layer_class is Zoned)
+    layer.zoneout = 0.0
+    assert run_layer(layer, x) is not None
+    for name, value in (("zoneout", 0.5), ("recurrent_dropout", 0.5), ("recompute", True), ("_variant", "none such")):
+        setattr(layer, name, value)
+        assert run_layer(layer, x) is None
+        delattr(layer, name)
+        layer.zoneout = 0.0
+    for options in ({"layer_norm": True}, {"zoneout": 0.1}, {"recurrent_dropout": 0.1}, {"recompute": True}):
+        assert run_layer(rnnfast.GRU(I, H, **options), x) is None
+    assert run_layer(rnnfast.LSTM(I, H, peephole=True), x) is None
+    assert run_layer(object(), x) is None
+    assert run_layer(nn.GRU(I, H), x) is None  # not ours
+
+
 def test_cells_that_are_not_plain():
     cell, x = rnnfast.GRUCell(I, H), torch.randn(N, I)
     assert run_cell(cell, "GRU", x[0]) is None
@@ -213,9 +238,9 @@ def test_transforms_and_the_profiler_see_the_op():
     assert any(event.key == "rnnfast::gru" for event in profile.key_averages())
 
 
-def test_autocast_goes_the_long_way(monkeypatch):
-    monkeypatch.setattr(_C, "run_layer", lambda *arguments: pytest.fail("called"))
-    monkeypatch.setattr(_C, "run_cell", lambda *arguments: pytest.fail("called"))
+def test_autocast_goes_the_long_way():
+    layer, cell, x = rnnfast.LSTM(I, H), rnnfast.LSTMCell(I, H), torch.randn(T, N, I)
     with torch.autocast("cpu", torch.bfloat16):
-        assert rnnfast.LSTM(I, H)(torch.randn(T, N, I))[0].dtype == torch.bfloat16
-        rnnfast.LSTMCell(I, H)(torch.randn(N, I))
+        assert run_layer(layer, x) is None and run_cell(cell, "LSTM", x[0]) is None
+        assert layer(x)[0].dtype == torch.bfloat16
+    assert run_layer(layer, x) is not None and run_cell(cell, "LSTM", x[0]) is not None
