@@ -4,6 +4,7 @@ For each cell and hidden size, all ways beside torch.nn's layer (`ratio`: its ti
 pairs of turns, its quartiles beside it), every way carrying its state from step to step without gradients:
 
   module    our layer, called on [1, 1, I] with its state
+  prepack   the same with its weights prepacked
   cell      our RNNCell, GRUCell or LSTMCell on [1, I]
   decoder   rnnfast.Decoder.step on [I]
   onnx      ONNX Runtime on the layer's exported node, where `onnxruntime` and rnnfast's extra `onnx` are installed
@@ -14,6 +15,7 @@ the same run: where they come from memory it is what no way can be below.
 """
 
 import argparse
+import copy
 import csv
 import json
 import sys
@@ -99,10 +101,13 @@ def ways(cell: Cell, size: int, dtype: torch.dtype) -> Iterator[tuple[str, Step,
     theirs = getattr(torch.nn, cell.class_name)(size, size, dtype=dtype, **cell.options).eval()
     layer = getattr(rnnfast, cell.class_name)(size, size, dtype=dtype, **cell.options).eval()
     layer.load_state_dict(theirs.state_dict())
+    kept = copy.deepcopy(layer)
+    rnnfast.prepack(kept)  # for as long as the layer lives
     one = getattr(rnnfast, f"{cell.class_name}Cell")(size, size, dtype=dtype, **cell.options)
     one.load_state_dict({name.removesuffix("_l0"): weight for name, weight in theirs.state_dict().items()})
     made: list[tuple[str, Step | None]] = [
         ("module", carrying(layer, 1, 1)),
+        ("prepack", carrying(kept, 1, 1)),
         ("cell", carrying(one, 1)),
         ("decoder", rnnfast.Decoder(layer).step),
         ("onnx", onnx_step(layer, dtype)),

@@ -6,7 +6,8 @@ is 1.
 
 Units: times are milliseconds per call (medians), `ratio` is torch.nn's time over rnnfast's (above 1: rnnfast is
 faster; the median over pairs of turns, its quartiles beside it), GFLOP/s counts rnnfast's matrix products alone.
-Inference is one forward call under torch.inference_mode. Training is everything one step costs in the layer: clearing
+Inference is one forward call under torch.inference_mode; with --prepack it is the only mode, and rnnfast.prepack keeps
+our rearranged weights between the calls. Training is everything one step costs in the layer: clearing
 gradients, forward, and backward from a dense gradient of the output to every weight and to the input.
 
 On a CUDA device the shapes are others (CUDA_CASES), times are those of the device's clock, and two columns more say
@@ -62,8 +63,10 @@ class WrongResultError(Exception):
     """rnnfast's numbers are further from float64 than the rule allows."""
 
 
-def build_pair(case: Case, cell: Cell, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Returns rnnfast's and torch.nn's layer of a shape, with the same weights."""
+def build_pair(
+    case: Case, cell: Cell, device: torch.device, dtype: torch.dtype, prepack: bool = False
+) -> tuple[Any, Any]:
+    """Returns rnnfast's and torch.nn's layer of a shape, with the same weights; ours prepacked if it is to be."""
     arguments = dict(
         input_size=case.I,
         hidden_size=case.H,
@@ -76,6 +79,8 @@ def build_pair(case: Case, cell: Cell, device: torch.device, dtype: torch.dtype)
     theirs = getattr(torch.nn, cell.class_name)(**arguments)
     ours = getattr(rnnfast, cell.class_name)(**arguments)
     ours.load_state_dict(theirs.state_dict())
+    if prepack:
+        rnnfast.prepack(ours)  # for as long as the layer lives
     return ours, theirs
 
 
@@ -168,11 +173,17 @@ def make_call(layer: Any, mode: str, input: torch.Tensor, grad_output: torch.Ten
 
 
 def measure_case(
-    case: Case, cell: Cell, modes: Iterable[str], device: torch.device, dtype: torch.dtype, seconds: float
+    case: Case,
+    cell: Cell,
+    modes: Iterable[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+    prepack: bool = False,
 ) -> list[dict[str, Any]]:
     """Checks and times one shape and cell; returns one row of `FIELDS` per mode, without times when it is wrong."""
     torch.manual_seed(0)
-    ours, theirs = build_pair(case, cell, device, dtype)
+    ours, theirs = build_pair(case, cell, device, dtype, prepack)
     input = torch.randn(case.T, case.N, case.I, device=device, dtype=dtype)
     grad_output = torch.randn(case.T, case.N, case.H * case.D, device=device, dtype=dtype)
     status = "ok"
@@ -334,6 +345,7 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"rnn (short for rnn_tanh), {', '.join(CELLS)}; default: {' '.join(DEFAULT_CELLS)}",
     )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: both")
+    parser.add_argument("--prepack", action="store_true", help="inference with our rearranged weights kept")
     parser.add_argument(
         "--cases", nargs="+", default=None, metavar="CASE", help="names of shapes in cases.py; default: all"
     )
@@ -372,7 +384,7 @@ def run_cases(
     with tqdm(chosen, unit="shape", file=sys.stderr) as progress:
         for case, cell in progress:
             progress.set_description(f"{case.name} {cell.name}")
-            for row in measure_case(case, cell, options.modes, device, dtype, seconds):
+            for row in measure_case(case, cell, options.modes, device, dtype, seconds, options.prepack):
                 rows.append(row)
                 writer.writerow(row)
                 file.flush()
@@ -393,12 +405,19 @@ def main(arguments: list[str] | None = None) -> int:
         grid = CUDA_CASES if options.device == "cuda" else CASES
         cases = [case for case in grid if case.quick or not options.quick]
     device, dtype, threads = start_run(parser, options)
+    if options.prepack:
+        if device.type != "cpu":
+            parser.error("--prepack: weights are kept on the CPU only")
+        if tuple(options.modes) == ("training",):
+            parser.error("--prepack: gains are in inference only")
+        options.modes = ("inference",)
     folder = make_output_folder(parser, options.output)
     seconds = options.seconds or (0.4 if options.quick else 4.0)
 
-    run = describe_run(device, dtype, threads)
+    run = describe_run(device, dtype, threads) | ({"prepack": True} if options.prepack else {})
     where = "cuda" if device.type == "cuda" else f"cpu-{run['instruction_set']}"
-    name = f"layers{'-quick' if options.quick else ''}-{where}-{run['dtype']}-{threads}t"
+    kind = f"{'-quick' if options.quick else ''}-{where}{'-prepack' if options.prepack else ''}"
+    name = f"layers{kind}-{run['dtype']}-{threads}t"
     print(
         f"rnnfast {run['rnnfast']} ({'cuda' if device.type == 'cuda' else run['instruction_set']}) against torch "
         f"{run['torch']}: {run['dtype']}, {threads} thread(s), {run['machine']}"

@@ -2,7 +2,8 @@
 
 Inference against all of them, training (forward, and backward from a dense gradient of the output to the input and to
 every weight) against torch.nn and JAX. One layer, one direction, float32, CPU. Each library is called in the quickest
-way it offers: compiled for the one shape, input and output in its own arrays, weights as it likes them best.
+way it offers: compiled for the one shape, input and output in its own arrays, weights as it likes them best (rnnfast's
+are prepacked; `rnnfast-plain` is the same layer without that, which rearranges them in every call).
 
 Before a call is timed its results are compared with torch.nn's in float64; wrong results get no time, and the exit
 status is 1. With one thread all libraries take turns in one process. With more, each has a process of its own, as
@@ -47,7 +48,7 @@ from torch import Tensor
 
 import rnnfast
 
-OURS = "rnnfast"
+OURS, PLAIN = "rnnfast", "rnnfast-plain"
 CPU = torch.device("cpu")
 CASES = (
     *("step-h256", "seq100-h128", "seq1000-h64", "seq50-h512"),
@@ -123,11 +124,13 @@ def _layer_way(layer: Any, mode: str, input: Tensor, grad_output: Tensor) -> Way
     return Way(call, results)
 
 
-def rnnfast_way(problem: Problem, threads: int) -> Way:
+def rnnfast_way(problem: Problem, threads: int, prepack: bool = True) -> Way:
     ours = getattr(rnnfast, CELLS[problem.cell].class_name)(
         problem.case.I, problem.case.H, **CELLS[problem.cell].options
     )
     ours.load_state_dict(problem.layer.state_dict())
+    if prepack and problem.mode == "inference":
+        rnnfast.prepack(ours)  # for as long as the layer lives
     return _layer_way(ours, problem.mode, problem.input, problem.grad_output)
 
 
@@ -294,6 +297,7 @@ class Library:
 
 LIBRARIES: dict[str, Library] = {
     OURS: Library(rnnfast_way, ("rnnfast",)),
+    PLAIN: Library(functools.partial(rnnfast_way, prepack=False), ("rnnfast",), ("inference",)),
     "torch.nn": Library(torch_way, ("torch",)),
     "onnxruntime": Library(onnxruntime_way, ("onnxruntime", "onnx"), ("inference",)),
     "openvino": Library(openvino_way, ("openvino", "onnx"), ("inference",)),
@@ -420,7 +424,7 @@ def measure(
 
 def best_peer(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     """Returns the row of the quickest library but ours, of one case, cell and mode; None where no other has a time."""
-    timed = [row for row in rows if row["status"] == "ok" and row["library"] != OURS]
+    timed = [row for row in rows if row["status"] == "ok" and row["library"] not in (OURS, PLAIN)]
     return min(timed, key=lambda row: row["ms"], default=None)
 
 
@@ -434,7 +438,7 @@ def group(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], list[dic
 
 def format_heading(libraries: Iterable[str]) -> str:
     """Returns the heading of the printed table."""
-    names = "".join(f" {name:>11}" for name in libraries)
+    names = "".join(f" {name:>13}" for name in libraries)
     return (
         f"{'case':<13} {'T N I H':<16} {'cell':<8} {'mode':<9}{names}  {'best peer':<11} {'ratio':>6} {'quartiles':>12}"
     )
@@ -446,7 +450,7 @@ def format_group(rows: list[dict[str, Any]], libraries: Iterable[str]) -> str:
     line = f"{first['case']:<13} {find_case(first['case']).shape:<16} {first['cell']:<8} {first['mode']:<9}"
     for library in libraries:
         row = by_library.get(library)
-        line += f" {'' if row is None else row['ms'] if row['status'] == 'ok' else 'wrong':>11}"
+        line += f" {'' if row is None else row['ms'] if row['status'] == 'ok' else 'wrong':>13}"
     best = best_peer(rows)
     if best is not None:
         quartiles = f"{best['ratio_low']:.2f}-{best['ratio_high']:.2f}"

@@ -63,7 +63,9 @@ def format_run(run: dict[str, Any]) -> str:
     how = on_cpu if run["device"] == "cpu" else run["machine"]
     busy = run.get("other_work_cores") or 0.0
     note = f" (other work kept {busy:.1f} of {run['cores']} cores busy)" if busy > 0.15 else ""
-    return f"{run['dtype']}, {how}, torch {run['torch']}, commit {run['git_sha'][:12]}, {run['date'][:10]}{note}"
+    prepack = "weights prepacked, " if run.get("prepack") else ""
+    when = f"commit {run['git_sha'][:12]}, {run['date'][:10]}"
+    return f"{run['dtype']}, {prepack}{how}, torch {run['torch']}, {when}{note}"
 
 
 def format_table(result: Result, columns: Sequence[tuple[str, str]], values: dict[Any, str], ends: list[str]) -> str:

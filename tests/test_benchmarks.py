@@ -347,6 +347,7 @@ def test_help(script, capsys):
         (layers, ["--dtype", "int8"], "invalid choice: 'int8'"),
         (layers, ["--modes", "training", "sleeping"], "invalid choice: 'sleeping'"),
         (layers, ["--output", __file__], "cannot be written"),
+        (layers, ["--prepack", "--modes", "training"], "--prepack: gains are in inference only"),
         (features, ["--cells", "gur"], "no cell 'gur'; choose from"),
         (features, ["--output", __file__], "cannot be written"),
         (latency, ["--cells", "gur"], "invalid choice: 'gur'"),
@@ -507,6 +508,26 @@ def test_layers_from_end_to_end(tmp_path):
     assert (tmp_path / f"layers-quick-{ON_CPU}-float32-1t.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_layers_with_prepacked_weights(monkeypatch, tmp_path):
+    """Inference alone, of layers whose weights are kept, in files that say so."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tqdm")
+    used = []
+    make_call = layers.make_call
+
+    def watched(layer, mode, *tensors):
+        used.append((type(layer).__module__.partition(".")[0], mode, _C.is_prepacked(layer.weight_hh_l0)))
+        return make_call(layer, mode, *tensors)
+
+    monkeypatch.setattr(layers, "make_call", watched)
+    arguments = ["--quick", "--prepack", "--cases", "step-h64", "--cells", "gru", "--seconds", "0.01", "--threads", "1"]
+    assert layers.main([*arguments, "--output", str(tmp_path)]) == 0
+    assert used == [("rnnfast", "inference", True), ("torch", "inference", False)]
+    (description,) = tmp_path.glob("*.json")
+    assert description.stem == f"layers-quick-{ON_CPU}-prepack-float32-1t"
+    assert "weights prepacked" in readme_table.format_run(json.loads(description.read_text()))
+
+
 def test_features_from_end_to_end(tmp_path):
     arguments = ("--quick", "--cells", "gru", "lstm", "--modes", "training", "--seconds", "0.01", "--threads", "1")
     done = run("features.py", *arguments, "--output", tmp_path)
@@ -541,7 +562,7 @@ def test_latency_from_end_to_end(tmp_path):
     assert done.returncode == 0, done.stderr
     with open(tmp_path / "latency-cpu-float32-1t.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    ways = ["module", "cell", "decoder", *([] if "skipped onnx" in done.stderr else ["onnx"])]
+    ways = ["module", "prepack", "cell", "decoder", *([] if "skipped onnx" in done.stderr else ["onnx"])]
     every = [(cell, str(size), way) for cell in ("rnn_tanh", "lstm") for size in latency.QUICK_SIZES for way in ways]
     assert [(row["cell"], row["H"], row["way"]) for row in rows] == every
     assert all(row["status"] == "ok" and float(row["us"]) > 0 for row in rows)

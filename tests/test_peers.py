@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rnnfast import _C
+
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -126,6 +128,22 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path, capsys):
     assert run_main(monkeypatch, tmp_path, peers.Contestant, "onnxruntime") == 0
     assert "onnxruntime is left out: no_such_onnxruntime not installed" in capsys.readouterr().out
     assert [row["library"] for row in read(tmp_path)] == ["rnnfast", "torch.nn"]
+
+
+@pytest.mark.parametrize(("library", "is_kept"), [(peers.OURS, True), (peers.PLAIN, False)])
+def test_ours_is_prepacked_and_once_more_plain(monkeypatch, library, is_kept):
+    layers = []
+    make_call = peers.make_call
+    monkeypatch.setattr(peers, "make_call", lambda layer, *rest: layers.append(layer) or make_call(layer, *rest))
+    problem = peers.make_problem(SMALL, "gru", "inference")
+    assert peers.disagreement(problem, peers.LIBRARIES[library].make(problem, 1).results()) is None
+    assert _C.is_prepacked(layers[-1].weight_hh_l0) == is_kept
+
+
+def test_plain_is_no_peer():
+    times = {peers.OURS: 3, peers.PLAIN: 4, "jax": 5}
+    rows = [{"library": library, "status": "ok", "ms": ms} for library, ms in times.items()]
+    assert peers.best_peer(rows)["library"] == "jax"
 
 
 def test_summary():
