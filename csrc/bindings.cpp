@@ -10,7 +10,6 @@
 
 #include "decoder.h"
 #include "plain.h"
-#include "prepack.h"
 #include "sequence.h"
 #ifdef RNNFAST_CUDA
 #include "cuda/binding.h"
@@ -20,6 +19,9 @@
 namespace py = pybind11;
 
 namespace rnnfast {
+
+void bind_prepack(py::module& m);  // prepack.cpp
+
 namespace {
 
 std::vector<std::string> isa_names() {

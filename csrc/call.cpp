@@ -563,18 +563,21 @@ void Call::backward_in_parts(const SequenceParams<T>& p, const Driver<T>& driver
   const auto options = input_.options().dtype(compute_);
   const int64_t count = num_parts();
   SequenceParams<T> backward = p, forward = params<T, T>(plan<T>(false, false));
+  backward.is_first_part = backward.is_last_part = count == 1;
+  backward.plan.chunk_steps = std::min(backward.plan.chunk_steps, part_steps());
   forward.training = true;
   const auto pad = [](int64_t units) { return (units + kBlock<T> - 1) / kBlock<T> * kBlock<T>; };
   const int64_t rows = std::min(part_steps(), size_.T) * size_.N;
-  const int64_t sizes[] = {driver.backward_scratch(backward), driver.forward_scratch(forward),
-                           rows * pad(size_.H) * cell_.slots, cell_.has_cell ? rows * pad(size_.H) : 0,
-                           saves_hidden() ? rows * pad(size_.P) : 0};
+  // Of several parts both hold rearranged weights from part to part.
+  const int64_t own[] = {driver.backward_scratch(backward), driver.forward_scratch(forward)};
+  const int64_t sizes[] = {count == 1 ? std::max(own[0], own[1]) : own[0] + own[1], rows * pad(size_.H) * cell_.slots,
+                           cell_.has_cell ? rows * pad(size_.H) : 0, saves_hidden() ? rows * pad(size_.P) : 0};
   const Scratch scratch(std::accumulate(std::begin(sizes), std::end(sizes), int64_t{0}), options);
   backward.scratch = scratch.data<T>();
-  forward.scratch = backward.scratch + sizes[0];
-  forward.gates = forward.scratch + sizes[1];
-  forward.cells = forward.gates + sizes[2];
-  forward.hidden = saves_hidden() ? forward.cells + sizes[3] : nullptr;
+  forward.scratch = backward.scratch + (count == 1 ? 0 : own[0]);
+  forward.gates = backward.scratch + sizes[0];
+  forward.cells = forward.gates + sizes[1];
+  forward.hidden = saves_hidden() ? forward.cells + sizes[2] : nullptr;
   backward.gates = forward.gates, backward.cells = forward.cells, backward.hidden = forward.hidden;
 
   // The gradient of the state, from part to part.

@@ -148,7 +148,9 @@ void Members::each(bool backward, const F& run) const {
   size.I = features, size.H = weight_ih->size(1) / cell.gates, size.P = weight_hh->size(2);
   size.R = input->numel() / std::max<int64_t>(features, 1);
   size.T = size.R / std::max<int64_t>(size.N, 1);
-  const auto threads_of = [&] { return make_plan(size, cell, weight_ih->element_size(), threads, backward, false).threads; };
+  const auto threads_of = [&] {
+    return make_plan(size, cell, weight_ih->element_size(), threads, backward, false).threads;
+  };
   const bool pays = threads_of() > 1;
   size.R /= count_, size.N /= count_;
   const bool one_suffices = count_ >= threads || threads_of() == 1;

@@ -1,5 +1,7 @@
 #include "prepack.h"
 
+#include <torch/csrc/utils/pybind.h>
+
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -136,6 +138,7 @@ void forget_prepacked(const std::vector<Tensor>& weights) {
       entry.kept = nullptr;
 }
 
+// Declared in bindings.cpp: the header is for code without Python.
 void bind_prepack(py::module& m) {
   py::class_<Prepacked>(m, "Prepacked")
       .def(py::init<const std::vector<Tensor>&>(), py::arg("weights"))

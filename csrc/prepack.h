@@ -3,7 +3,6 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <array>
 #include <cstdint>
@@ -49,7 +48,5 @@ void keep_prepacked(const at::Tensor& weight_hh, PackedFrom from, at::Tensor mem
 
 // Lets go of what was made from any of these tensors.
 void forget_prepacked(const std::vector<at::Tensor>& weights);
-
-void bind_prepack(pybind11::module& m);
 
 }  // namespace rnnfast

@@ -27,6 +27,8 @@ LARGE = {
     ),
     "lengths": Case("", T=25, N=26, I=9, H=40, lengths=tuple(range(26)), resets=True),
     "lengths_reverse": Case("", T=25, N=26, I=9, H=40, lengths=tuple(range(26)), resets=True, reverse=True),
+    # chunks without a row, which backward meets first
+    "short_lengths": Case("", T=20, N=60, I=9, H=24, lengths=tuple(n % 5 for n in range(60))),
     "one_step": Case("", N=1, I=256, H=256, kind="step"),
     "one_step_batch": Case("", N=70, I=64, H=96, kind="step"),
 }
@@ -101,7 +103,7 @@ def test_large_accuracy(cell, kernel, name, dtype):
 
 @pytest.mark.few_cells
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("name", ["batch_1", "batch_2", "wide_batch", "ragged", "lengths_reverse"])
+@pytest.mark.parametrize("name", ["batch_1", "batch_2", "wide_batch", "ragged", "lengths_reverse", "short_lengths"])
 def test_threads(cell, isa, name, threads):
     """However the work is split; also more threads than there are cores or sequences."""
     torch.set_num_threads(threads)

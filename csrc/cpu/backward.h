@@ -69,7 +69,7 @@ struct SequenceBackward : WeightGradients<Cell, T, E> {
   using Base::time;
   using Base::unit_offset;
   using Base::unit_vectors;
-  using Base::unpack_gates;
+  using Base::unpack_bias;
   using typename Base::Scratch;
   using typename Base::V;
   using typename Base::W;
@@ -282,25 +282,16 @@ struct SequenceBackward : WeightGradients<Cell, T, E> {
           pack_words(p.w_hr, k, P, H, first_column(H, panel), static_cast<int>(nr),
                      s.w_hr + panel * column_panel_size(P) + k / kPerWord<E> * nr * kLanes);
     zero(s.zeros, max(ld_h, ld_p));
-    if (p.plan.packed) {
-      const int64_t width = gate_panels * kPanelWidth;
-      if (p.dw_ih) zero(s.dw_ih, I * width);
-      if (p.dw_hh) zero(s.dw_hh, P * width);
-      zero(s.db_ih, width);
-      zero(s.db_hh, width);
-    }
+    zero(s.db_ih, gate_panels * kPanelWidth);
+    zero(s.db_hh, gate_panels * kPanelWidth);
     if (p.dw_hr) zero(s.dw_hr, P * ld_h);
     pack_vectors(s.vectors);
     zero(s.dvectors, kVectors * ld_h);
   }
   void store_sums(const Scratch& s) const {
-    if (p.plan.packed) {
-      unpack_gates(s.dw_ih, I, Cell::kInputGates, p.dw_ih);
-      unpack_gates(s.dw_hh, P, Cell::kRecurrentGates, p.dw_hh);
-      if (Cell::kNorms == 0) {
-        unpack_gates(s.db_ih, 1, Cell::kInputGates, p.db_ih);
-        unpack_gates(Cell::kInput == Cell::kRecurrent ? s.db_ih : s.db_hh, 1, Cell::kRecurrentGates, p.db_hh);
-      }
+    if (p.plan.packed && Cell::kNorms == 0) {
+      unpack_bias(s.db_ih, Cell::kInputGates, p.db_ih);
+      unpack_bias(Cell::kInput == Cell::kRecurrent ? s.db_ih : s.db_hh, Cell::kRecurrentGates, p.db_hh);
     }
     each_vector(p.dw_ch, p.dw_ln, p.db_ih, p.db_hh, [&](int k, E* to) { convert(to, s.dvectors + k * ld_h, H); });
     if (p.dw_hr)
@@ -350,8 +341,10 @@ struct SequenceBackward : WeightGradients<Cell, T, E> {
       if (weights && p.plan.packed) {
         // Few panels do not share out evenly; their rows do.
         const int64_t parts = gate_panels % threads == 0 || gate_panels >= 8 * threads ? 1 : threads;
-        each_worker(gate_panels * parts, [&](int64_t begin, int64_t end, W* buffer, T*, int64_t) {
-          for (int64_t i = begin; i < end; ++i) chunk_weights(s, t0, rows, i / parts, i % parts, parts, buffer);
+        const bool is_first = p.is_first_part && s1 == T_, is_last = p.is_last_part && s0 == 0;
+        each_worker(gate_panels * parts, [&](int64_t begin, int64_t end, W* buffer, T*, int64_t worker) {
+          for (int64_t i = begin; i < end; ++i)
+            chunk_weights(s, t0, rows, i / parts, i % parts, parts, buffer, worker, is_first, is_last);
         });
       }
       if (p.dw_hr)

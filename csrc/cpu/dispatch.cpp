@@ -115,6 +115,10 @@ Plan make_plan(const Sizes& size, const CellInfo& cell, int64_t number_bytes, in
   const int64_t rows = backward ? kBackwardRows : kForwardRows;
   Plan plan{};
   plan.chunk_steps = std::clamp<int64_t>(rows / std::max<int64_t>(size.N, 1), 1, std::max<int64_t>(size.T, 1));
+  // All steps in one, where what that takes is less than the sums of weight gradients that chunks would hand on.
+  const double more_rows = static_cast<double>(size.T) * static_cast<double>(size.N) - static_cast<double>(rows);
+  if (backward && more_rows * (gate_rows + static_cast<double>(size.I + size.P)) <= weights)
+    plan.chunk_steps = std::max<int64_t>(size.T, 1);
   plan.packed = keeps_weights || size.R > kInPlaceRows || plan.chunk_steps < size.T;  // few rows in place: one chunk
   plan.schedule = Schedule::kOneThread;
   plan.threads = std::clamp(threads, 1, 256);

@@ -84,7 +84,7 @@ struct WeightGradients : SequenceLayout<Cell, T, E> {
     T *mask, *dmasked;            // [N, ld_p] recurrent_mask, and the gradient of its product with h
     W* panels;                    // [threads][kPanelWords, kMaxPanel, kLanes]
     T* hidden;         // [threads][kUnits, ld_buffer], or [kInPlaceRows, ld_buffer]: what the products were taken of
-    T *dw_ih, *dw_hh;  // [gate_panels, I, kPanelWidth], [gate_panels, P, kPanelWidth]
+    T *dw_ih, *dw_hh;  // [gate_panels, I, kPanelWidth], [gate_panels, P, kPanelWidth]; of one chunk [threads, ...]
     T *db_ih, *db_hh;  // [gate_panels, kPanelWidth]
     T* dw_hr;          // [P, ld_h]
     int64_t rows;      // leading dimension of the transposed chunk
@@ -124,8 +124,9 @@ struct WeightGradients : SequenceLayout<Cell, T, E> {
       panels = arena.template take<W>(d.p.plan.threads * kPanelWords * kMaxPanel * kLanes);
       hidden = arena.take(max(d.p.plan.threads * kUnits, kInPlaceRows) * d.ld_buffer());
       const int64_t width = d.gate_panels * kPanelWidth;
-      dw_ih = arena.take(packed && d.p.dw_ih ? d.I * width : 0);
-      dw_hh = arena.take(packed && d.p.dw_hh ? d.P * width : 0);
+      const int64_t sums = d.is_one_chunk() ? d.p.plan.threads * kPanelWidth : width;
+      dw_ih = arena.take(packed && d.p.dw_ih ? d.I * sums : 0);
+      dw_hh = arena.take(packed && d.p.dw_hh ? d.P * sums : 0);
       db_ih = arena.take(width);
       db_hh = arena.take(width);
       dw_hr = arena.take(d.p.dw_hr ? d.P * d.ld_h : 0);
@@ -134,6 +135,8 @@ struct WeightGradients : SequenceLayout<Cell, T, E> {
   };
 
   int64_t ld_buffer() const { return max(ld_h, ld_p); }
+  // Then the weight gradients of a panel are ready as soon as they are summed.
+  bool is_one_chunk() const { return T_ <= p.plan.chunk_steps && p.is_first_part && p.is_last_part; }
 
   // Row of the step that came before t for sequence j, or -1: it started there.
   int64_t row_before(int64_t t, int64_t j) const {
@@ -299,10 +302,11 @@ struct WeightGradients : SequenceLayout<Cell, T, E> {
     });
   }
 
-  // C[m] += A[m] B over `rows` <= kPanelRows rows of the chunk, for m in [begin, end); A [.., s.rows] transposed,
-  // C [.., ld], B a panel. A few rows of C at a time take all sums while they are in the first-level cache.
+  // C[m] += A[m] B, or = where it is `fresh`, over `rows` <= kPanelRows rows of the chunk, for m in [begin, end);
+  // A [.., s.rows] transposed, C [.., ld], B a panel. A few rows of C at a time take all sums while they are in the
+  // first-level cache.
   void accumulate(const Scratch& s, int64_t begin, int64_t end, const E* A, int64_t rows, int nr, const W* B, T* C,
-                  int64_t ld) const {
+                  int64_t ld, bool fresh) const {
     constexpr int64_t kGroup = 48;  // a multiple of the rows of the tiles of 2, 3 and 4 vectors
     for (int64_t m = begin; m < end; m += kGroup) {
       const int64_t n = min(kGroup, end - m);
@@ -311,7 +315,7 @@ struct WeightGradients : SequenceLayout<Cell, T, E> {
       for (int64_t i = 0; i < n; ++i) a[i] = A + (m + i) * s.rows, c[i] = C + (m + i) * ld;
       for (int64_t k = 0; k < words(rows); k += kSumWords) {
         panel_product<E>(n, nr, Inner{1, min(kSumWords, words(rows) - k), 0}, B + k * nr * kLanes,
-                         RowOperands<E>{a, c, c, 0, kLanes}, nothing);
+                         RowOperands<E>{a, fresh && k == 0 ? nullptr : c, c, 0, kLanes}, nothing);
         for (int64_t i = 0; i < n; ++i) a[i] += kSumWords * kPerWord<E>;
       }
     }
@@ -349,36 +353,48 @@ struct WeightGradients : SequenceLayout<Cell, T, E> {
     }
   }
 
-  // The chunk's part of the weight gradients: of each panel of gates, part `part` of `parts` of the rows of dW_ih^T and
-  // dW_hh^T, one after the other.
-  void chunk_weights(const Scratch& s, int64_t t0, int64_t rows, int64_t panel, int64_t part, int64_t parts,
-                     W* buffer) const {
+  // The chunk's part of the weight gradients: of a panel of gates, part `part` of `parts` of the rows of dW_ih^T and
+  // dW_hh^T, one after the other. After the last chunk they go to their place while they are in the cache.
+  void chunk_weights(const Scratch& s, int64_t t0, int64_t rows, int64_t panel, int64_t part, int64_t parts, W* buffer,
+                     int64_t worker, bool is_first, bool is_last) const {
     constexpr bool same = Cell::kInput == Cell::kRecurrent;  // then one copy serves both products and both biases
     const int nr = panel_vectors(panel);
     const int64_t inputs = p.dw_ih && !p.tokens.data ? I : 0, total = inputs + (p.dw_hh ? P : 0);
     const int64_t begin = total * part / parts, end = total * (part + 1) / parts;
     const bool first = part == 0, sums = first && Cell::kNorms == 0;  // else see chunk_vectors
-    T* dw_ih = s.dw_ih + panel * I * kPanelWidth;
-    T* dw_hh = s.dw_hh + panel * P * kPanelWidth;
+    const int64_t x_end = min(end, inputs), h_begin = max(begin, inputs) - inputs, h_end = end - inputs;
+    const bool takes_tokens = first && p.dw_ih && p.tokens.data;
+    T* dw_ih = s.dw_ih + (is_one_chunk() ? worker : panel) * I * kPanelWidth;
+    T* dw_hh = s.dw_hh + (is_one_chunk() ? worker : panel) * P * kPanelWidth;
+    if (is_first && takes_tokens) zero(dw_ih, I * kPanelWidth);
+    if (is_first && rows == 0) {
+      zero(dw_ih + begin * kPanelWidth, (x_end - begin) * kPanelWidth);
+      zero(dw_hh + h_begin * kPanelWidth, (h_end - h_begin) * kPanelWidth);
+    }
     for (int64_t r = 0; r < rows; r += kPanelRows) {
       const int64_t n = min(kPanelRows, rows - r);
+      const bool fresh = is_first && r == 0;
       if (first || begin < inputs || same)
         gate_gradient_panel(s, r, n, panel, Cell::kInput, buffer, sums ? s.db_ih : nullptr);
-      if (first && p.dw_ih && p.tokens.data) accumulate_tokens(t0, r, n, nr, buffer, dw_ih);
-      accumulate(s, begin, min(end, inputs), s.input + r, n, nr, buffer, dw_ih, kPanelWidth);
+      if (takes_tokens) accumulate_tokens(t0, r, n, nr, buffer, dw_ih);
+      accumulate(s, begin, x_end, s.input + r, n, nr, buffer, dw_ih, kPanelWidth, fresh);
       if (!same && (first || end > inputs))
         gate_gradient_panel(s, r, n, panel, Cell::kRecurrent, buffer, sums ? s.db_hh : nullptr);
-      const int64_t h_begin = max(begin, inputs) - inputs, h_end = end - inputs;
       if constexpr (kLateGates == 0) {
-        accumulate(s, h_begin, h_end, s.h_prev + r, n, nr, buffer, dw_hh, kPanelWidth);
+        accumulate(s, h_begin, h_end, s.h_prev + r, n, nr, buffer, dw_hh, kPanelWidth, fresh);
       } else if (h_begin < h_end) {  // each product needs its gates side by side
         static_assert(same, "the bias gradients are those of the copy above");
         gate_gradient_panel(s, r, n, panel, Cell::kRecurrent, buffer, nullptr, kEarlyGates);
-        accumulate(s, h_begin, h_end, s.h_prev + r, n, kEarlyGates, buffer, dw_hh, kPanelWidth);
+        accumulate(s, h_begin, h_end, s.h_prev + r, n, kEarlyGates, buffer, dw_hh, kPanelWidth, fresh);
         gate_gradient_panel(s, r, n, panel, Cell::kRecurrent + kEarlyGates, buffer, nullptr, kLateGates);
-        accumulate(s, h_begin, h_end, s.late + r, n, kLateGates, buffer, dw_hh + kEarlyGates * kLanes, kPanelWidth);
+        accumulate(s, h_begin, h_end, s.late + r, n, kLateGates, buffer, dw_hh + kEarlyGates * kLanes, kPanelWidth,
+                   fresh);
       }
     }
+    if (!is_last) return;
+    if (p.dw_ih)
+      unpack_panel(dw_ih, panel, takes_tokens ? 0 : begin, takes_tokens ? I : x_end, I, Cell::kInputGates, p.dw_ih);
+    if (p.dw_hh) unpack_panel(dw_hh, panel, h_begin, h_end, P, Cell::kRecurrentGates, p.dw_hh);
   }
 
   // The chunk's part of dW_hr = dh^T h_raw, panels [begin, end) of its columns.
@@ -396,7 +412,7 @@ struct WeightGradients : SequenceLayout<Cell, T, E> {
           put_words(nr, buffer + i / kPerWord<E> * nr * kLanes,
                     [&](int k, int q) { return of[k] ? load(of[k] + q * kLanes) : V{}; });
         }
-        accumulate(s, 0, P, s.dproj_t + r, n, nr, buffer, s.dw_hr + v0 * kLanes, ld_h);
+        accumulate(s, 0, P, s.dproj_t + r, n, nr, buffer, s.dw_hr + v0 * kLanes, ld_h, false);
       }
     }
   }
@@ -507,20 +523,21 @@ struct WeightGradients : SequenceLayout<Cell, T, E> {
     }
   }
 
-  // [gate_panels, K, kPanelWidth] transposed and unpadded to torch's [G*H, K]; with K = 1 a bias.
-  void unpack_gates(const T* from, int64_t K, const int* gate_of, E* to) const {
-    if (!to) return;
-    parallel(gate_panels, [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel)
-        for (int q = 0; q < panel_vectors(panel); ++q) {
-          for (int64_t k = 0; k < K; k += kLanes) {
-            const T* rows[kLanes] = {};
-            const int64_t n = min(kLanes, K - k);
-            for (int64_t i = 0; i < n; ++i) rows[i] = from + (panel * K + k + i) * kPanelWidth + q * kLanes;
-            transpose_rows(rows, n, weight_lanes(panel, q), to + weight_row(gate_of, panel, q) * K + k, K, false);
-          }
-        }
-    });
+  // Columns [begin, end) of torch's [G*H, K], of one panel, from [K, kPanelWidth], transposed and unpadded.
+  void unpack_panel(const T* from, int64_t panel, int64_t begin, int64_t end, int64_t K, const int* gate_of,
+                    E* to) const {
+    for (int q = 0; q < panel_vectors(panel); ++q)
+      for (int64_t k = begin; k < end; k += kLanes) {
+        const T* rows[kLanes] = {};
+        const int64_t n = min(kLanes, end - k);
+        for (int64_t i = 0; i < n; ++i) rows[i] = from + (k + i) * kPanelWidth + q * kLanes;
+        transpose_rows(rows, n, weight_lanes(panel, q), to + weight_row(gate_of, panel, q) * K + k, K, false);
+      }
+  }
+  // Of all panels, with K = 1: a bias.
+  void unpack_bias(const T* from, const int* gate_of, E* to) const {
+    for (int64_t panel = 0; panel < gate_panels && to; ++panel)
+      unpack_panel(from + panel * kPanelWidth, panel, 0, 1, 1, gate_of, to);
   }
 };
 
