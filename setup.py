@@ -1,12 +1,8 @@
 """Builds rnnfast._C: one torch extension with its CUDA kernels, and one static library per CPU instruction set.
 
-Metadata lives in pyproject.toml. Here is only what depends on the torch at hand: the extension is built against that of
-the target environment (pip's build isolation merely hides it), else against DEFAULT_TORCH, and the installed package
-requires that same minor version. Environment variables:
-  MAX_JOBS              parallel compile jobs (default 2)
-  RNNFAST_CUDA          1 builds the CUDA kernels or fails, 0 does not, auto (default) does where torch and nvcc can
-  TORCH_CUDA_ARCH_LIST  their GPUs (default 8.0, 9.0, 10.0 if nvcc knows it, and newer ones by PTX)
-  RNNFAST_SANITIZE      1 builds with AddressSanitizer and UndefinedBehaviorSanitizer (see .ci/sanitize)
+Metadata is in pyproject.toml, the environment variables in the README. Here is only what depends on the torch at hand:
+the extension is built against that of the target environment (pip's build isolation merely hides it), else against
+DEFAULT_TORCH, and the installed package requires that same minor version.
 """
 
 import os

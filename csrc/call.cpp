@@ -182,16 +182,16 @@ SavingOutputsAllC Call::forward(bool save, bool with_all_c) {
     using T = typename decltype(types)::T;
     using E = typename decltype(types)::E;
     const Tensor weight_hh = weight_hh_;
-    const bool keeps = driver.packed_weights && is_prepacked(weight_hh);
-    const Plan how = plan<E>(false, keeps);
+    const auto kept = driver.packed_weights ? find_prepacked(weight_hh) : nullptr;
+    const Plan how = plan<E>(false, kept != nullptr);
     std::optional<PackedFrom> from;
-    if (keeps) from = packed_from(how);
-    Tensor packed = keeps ? find_prepacked(weight_hh, *from) : Tensor();
-    const bool has_packed = packed.defined();
+    if (kept) from = packed_from(how);
+    const bool has_packed = kept && kept->from && *kept->from == *from;
     take_weights(!has_packed);
     auto p = params<T, E>(how);
-    if (keeps && !has_packed) packed = empty({driver.packed_weights(p)}, saved_options);
-    if (keeps) p.packed_weights = mutable_data<T>(packed), p.has_packed = has_packed;
+    Tensor packed;
+    if (kept) packed = has_packed ? kept->memory : empty({driver.packed_weights(p)}, saved_options);
+    if (kept) p.packed_weights = mutable_data<T>(packed), p.has_packed = has_packed;
     p.training = save && !recompute_;
     p.output = {mutable_data<E>(output), size_.N * size_.P, size_.P};
     p.h_n = mutable_data<E>(h_n);
@@ -203,7 +203,7 @@ SavingOutputsAllC Call::forward(bool save, bool with_all_c) {
         if (save && recompute_) return forward_in_parts(all, driver, cells, hidden);
       driver.forward(all);
     });
-    if (keeps && !has_packed) keep_prepacked(weight_hh, std::move(*from), std::move(packed));
+    if (kept && !has_packed) keep_prepacked(weight_hh, std::move(*from), std::move(packed));
   };
   dispatch(run);
   if (with_all_c) all_c = as(all_c, dtype_);
@@ -563,7 +563,7 @@ void Call::backward_in_parts(const SequenceParams<T>& p, const Driver<T>& driver
   const auto options = input_.options().dtype(compute_);
   const int64_t count = num_parts();
   SequenceParams<T> backward = p, forward = params<T, T>(plan<T>(false, false));
-  backward.is_first_part = backward.is_last_part = count == 1;
+  backward.is_first_part = backward.is_last_part = count == 1;  // of every part, as far as the scratch depends on it
   backward.plan.chunk_steps = std::min(backward.plan.chunk_steps, part_steps());
   forward.training = true;
   const auto pad = [](int64_t units) { return (units + kBlock<T> - 1) / kBlock<T> * kBlock<T>; };

@@ -18,10 +18,7 @@ namespace {
 
 using at::Tensor;
 
-struct Kept {
-  PackedFrom from;
-  Tensor memory;
-};
+const std::shared_ptr<const Kept> nothing = std::make_shared<const Kept>();
 
 // Of a weight_hh, by its address. No reference is held, for torch.utils.swap_tensors refuses tensors that others hold:
 // should another tensor get the address of one that is gone, its weights are kept, which is as right as with any.
@@ -52,9 +49,9 @@ class Prepacked {
       const auto found = entries.find(weight);
       if (found != entries.end()) {
         ++found->second.handles;
-        found->second.kept = nullptr;
+        found->second.kept = nothing;
       } else {
-        entries.emplace(weight, Entry{1, nullptr});
+        entries.emplace(weight, Entry{1, nothing});
       }
     }
     count = entries.size();
@@ -72,7 +69,7 @@ class Prepacked {
     const std::lock_guard<std::mutex> lock(mutex);
     int64_t sum = 0;
     for (const c10::TensorImpl* weight : held_)
-      if (const auto& kept = entries.at(weight).kept) sum += static_cast<int64_t>(kept->memory.nbytes());
+      if (const auto& kept = entries.at(weight).kept; kept->from) sum += static_cast<int64_t>(kept->memory.nbytes());
     return sum;
   }
 
@@ -101,20 +98,11 @@ bool PackedFrom::operator==(const PackedFrom& other) const {
          weights == other.weights;
 }
 
-bool is_prepacked(const Tensor& weight_hh) {
-  if (count == 0) return false;
+std::shared_ptr<const Kept> find_prepacked(const Tensor& weight_hh) {
+  if (count == 0) return nullptr;
   const std::lock_guard<std::mutex> lock(mutex);
-  return entries.count(weight_hh.unsafeGetTensorImpl()) > 0;
-}
-
-Tensor find_prepacked(const Tensor& weight_hh, const PackedFrom& from) {
-  std::shared_ptr<const Kept> kept;
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    const auto found = entries.find(weight_hh.unsafeGetTensorImpl());
-    if (found != entries.end()) kept = found->second.kept;
-  }
-  return kept && kept->from == from ? kept->memory : Tensor();
+  const auto found = entries.find(weight_hh.unsafeGetTensorImpl());
+  return found == entries.end() ? nullptr : found->second.kept;
 }
 
 void keep_prepacked(const Tensor& weight_hh, PackedFrom from, Tensor memory) {
@@ -133,9 +121,10 @@ void forget_prepacked(const std::vector<Tensor>& weights) {
     if (t.has_storage()) changed.insert(t.storage().unsafeGetStorageImpl());
   const std::lock_guard<std::mutex> lock(mutex);
   for (auto& [weight, entry] : entries)
-    if (entry.kept && std::any_of(entry.kept->from.weights.begin(), entry.kept->from.weights.end(),
-                                  [&](const WeightVersion& w) { return changed.count(w.storage()) > 0; }))
-      entry.kept = nullptr;
+    if (const auto& from = entry.kept->from;
+        from && std::any_of(from->weights.begin(), from->weights.end(),
+                            [&](const WeightVersion& w) { return changed.count(w.storage()) > 0; }))
+      entry.kept = nothing;
 }
 
 // Declared in bindings.cpp: the header is for code without Python.
@@ -145,7 +134,9 @@ void bind_prepack(py::module& m) {
       .def("hold", &Prepacked::hold, py::arg("weights"))
       .def("remove", &Prepacked::remove)
       .def_property_readonly("nbytes", &Prepacked::nbytes);
-  m.def("is_prepacked", &is_prepacked, py::arg("weight_hh"));
+  m.def(
+      "is_prepacked", [](const Tensor& weight_hh) { return find_prepacked(weight_hh) != nullptr; },
+      py::arg("weight_hh"));
   m.def("forget_prepacked", &forget_prepacked, py::arg("weights"));
 }
 

@@ -6,6 +6,8 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
+#include <optional>
 #include <vector>
 
 #include "sequence.h"
@@ -38,12 +40,15 @@ struct PackedFrom {
   bool operator==(const PackedFrom& other) const;
 };
 
-// Whether the rearranged weights of the layer with this weight_hh are to be kept.
-bool is_prepacked(const at::Tensor& weight_hh);
-// Memory of those of an earlier call, or undefined where there are none or they are from something else.
-at::Tensor find_prepacked(const at::Tensor& weight_hh, const PackedFrom& from);
-// For find_prepacked, in the place of what was there. `from` as it was before the weights were read; nobody writes to
-// `memory` any more.
+// What an earlier call left; nothing before the first.
+struct Kept {
+  std::optional<PackedFrom> from;
+  at::Tensor memory;
+};
+
+// Of the layer with this weight_hh; null where nothing is to be kept.
+std::shared_ptr<const Kept> find_prepacked(const at::Tensor& weight_hh);
+// In the place of what was there. `from` as it was before the weights were read; nobody writes to `memory` any more.
 void keep_prepacked(const at::Tensor& weight_hh, PackedFrom from, at::Tensor memory);
 
 // Lets go of what was made from any of these tensors.

@@ -2,26 +2,21 @@
 
 import csv
 import dataclasses
-import importlib
 import json
 import math
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import d2l
+import d2l_models
 import pytest
 import torch
+from benchmark_runs import BENCHMARKS
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
-
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-d2l = importlib.import_module("d2l")
-d2l_models = importlib.import_module("d2l_models")
 
 
 @pytest.fixture

@@ -2,30 +2,16 @@
 
 import argparse
 import csv
-import importlib
 import json
-import subprocess
-import sys
-from pathlib import Path
 
+import cases
+import measure
+import memory
 import pytest
+import scaling
+from benchmark_runs import run
 
 import rnnfast
-
-ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = ROOT / "benchmarks"
-
-# The scripts import one another by bare names, as Python does for a script's own folder.
-sys.path.insert(0, str(BENCHMARKS))
-cases = importlib.import_module("cases")
-measure = importlib.import_module("measure")
-memory = importlib.import_module("memory")
-scaling = importlib.import_module("scaling")
-
-
-def run(script, *arguments):
-    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_scaling_from_end_to_end(tmp_path):

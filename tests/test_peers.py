@@ -1,24 +1,15 @@
 """benchmarks/peers.py: every library gives the same numbers, wrong ones get no time, a short run from end to end."""
 
 import csv
-import importlib
 import json
-import subprocess
-import sys
-from pathlib import Path
 
+import cases
+import peers
 import pytest
 import torch
+from benchmark_runs import run
 
 from rnnfast import _C
-
-ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = ROOT / "benchmarks"
-
-# The scripts import one another by bare names, as Python does for a script's own folder.
-sys.path.insert(0, str(BENCHMARKS))
-cases = importlib.import_module("cases")
-peers = importlib.import_module("peers")
 
 # The libraries' own imports warn of what is old in them.
 pytestmark = [
@@ -181,18 +172,17 @@ def test_argument_errors(arguments, message, capsys):
 def test_from_end_to_end(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("tqdm")
-    arguments = ("--quick", "--cases", "step-h256", "--cells", "rnn", "--seconds", "0.01", "--output", str(tmp_path))
-    command = [sys.executable, str(BENCHMARKS / "peers.py"), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    arguments = ("--quick", "--cases", "step-h256", "--cells", "rnn", "--seconds", "0.01", "--output", tmp_path)
+    done = run("peers.py", *arguments)
     assert done.returncode == 0, done.stderr
-    run = json.loads((tmp_path / "peers-quick-cpu-float32-1t.json").read_text())
-    assert run["threads"] == 1 and run["libraries"]["torch.nn"] == torch.__version__
+    description = json.loads((tmp_path / "peers-quick-cpu-float32-1t.json").read_text())
+    assert description["threads"] == 1 and description["libraries"]["torch.nn"] == torch.__version__
     for name, library in peers.LIBRARIES.items():
-        assert (name in run["libraries"]) != bool(library.missing())
+        assert (name in description["libraries"]) != bool(library.missing())
         assert (f"{name} is left out" in done.stdout) == bool(library.missing())
     rows = read(tmp_path)
     assert [(row["mode"], row["library"]) for row in rows] == [
-        (mode, name) for mode in peers.MODES for name in run["libraries"] if mode in peers.LIBRARIES[name].modes
+        (mode, name) for mode in peers.MODES for name in description["libraries"] if mode in peers.LIBRARIES[name].modes
     ]
     for row in rows:
         assert row["status"] == "ok" and float(row["ms"]) > 0 and float(row["cores"]) >= 0

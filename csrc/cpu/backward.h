@@ -341,10 +341,10 @@ struct SequenceBackward : WeightGradients<Cell, T, E> {
       if (weights && p.plan.packed) {
         // Few panels do not share out evenly; their rows do.
         const int64_t parts = gate_panels % threads == 0 || gate_panels >= 8 * threads ? 1 : threads;
-        const bool is_first = p.is_first_part && s1 == T_, is_last = p.is_last_part && s0 == 0;
+        const bool is_first_chunk = p.is_first_part && s1 == T_, is_last_chunk = p.is_last_part && s0 == 0;
         each_worker(gate_panels * parts, [&](int64_t begin, int64_t end, W* buffer, T*, int64_t worker) {
           for (int64_t i = begin; i < end; ++i)
-            chunk_weights(s, t0, rows, i / parts, i % parts, parts, buffer, worker, is_first, is_last);
+            chunk_weights(s, t0, rows, i / parts, i % parts, parts, buffer, worker, is_first_chunk, is_last_chunk);
         });
       }
       if (p.dw_hr)

@@ -356,7 +356,7 @@ struct WeightGradients : SequenceLayout<Cell, T, E> {
   // The chunk's part of the weight gradients: of a panel of gates, part `part` of `parts` of the rows of dW_ih^T and
   // dW_hh^T, one after the other. After the last chunk they go to their place while they are in the cache.
   void chunk_weights(const Scratch& s, int64_t t0, int64_t rows, int64_t panel, int64_t part, int64_t parts, W* buffer,
-                     int64_t worker, bool is_first, bool is_last) const {
+                     int64_t worker, bool is_first_chunk, bool is_last_chunk) const {
     constexpr bool same = Cell::kInput == Cell::kRecurrent;  // then one copy serves both products and both biases
     const int nr = panel_vectors(panel);
     const int64_t inputs = p.dw_ih && !p.tokens.data ? I : 0, total = inputs + (p.dw_hh ? P : 0);
@@ -366,14 +366,14 @@ struct WeightGradients : SequenceLayout<Cell, T, E> {
     const bool takes_tokens = first && p.dw_ih && p.tokens.data;
     T* dw_ih = s.dw_ih + (is_one_chunk() ? worker : panel) * I * kPanelWidth;
     T* dw_hh = s.dw_hh + (is_one_chunk() ? worker : panel) * P * kPanelWidth;
-    if (is_first && takes_tokens) zero(dw_ih, I * kPanelWidth);
-    if (is_first && rows == 0) {
+    if (is_first_chunk && takes_tokens) zero(dw_ih, I * kPanelWidth);
+    if (is_first_chunk && rows == 0) {
       zero(dw_ih + begin * kPanelWidth, (x_end - begin) * kPanelWidth);
       zero(dw_hh + h_begin * kPanelWidth, (h_end - h_begin) * kPanelWidth);
     }
     for (int64_t r = 0; r < rows; r += kPanelRows) {
       const int64_t n = min(kPanelRows, rows - r);
-      const bool fresh = is_first && r == 0;
+      const bool fresh = is_first_chunk && r == 0;
       if (first || begin < inputs || same)
         gate_gradient_panel(s, r, n, panel, Cell::kInput, buffer, sums ? s.db_ih : nullptr);
       if (takes_tokens) accumulate_tokens(t0, r, n, nr, buffer, dw_ih);
@@ -391,7 +391,7 @@ struct WeightGradients : SequenceLayout<Cell, T, E> {
                    fresh);
       }
     }
-    if (!is_last) return;
+    if (!is_last_chunk) return;
     if (p.dw_ih)
       unpack_panel(dw_ih, panel, takes_tokens ? 0 : begin, takes_tokens ? I : x_end, I, Cell::kInputGates, p.dw_ih);
     if (p.dw_hh) unpack_panel(dw_hh, panel, h_begin, h_end, P, Cell::kRecurrentGates, p.dw_hh);
